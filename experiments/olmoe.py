@@ -1,0 +1,174 @@
+"""OLMoE weights in our model, and the coupling of a released model's experts and routers.
+
+OLMoE (arXiv 2409.02060) was trained without the ERC loss. Its files tell how far apart router and experts are in a
+large model that never heard of it:
+
+    python experiments/olmoe.py FOLDER      # FOLDER holds config.json and *.safetensors
+
+prints, for each layer, the share of the ERC constraints that the clean M breaks, its coupling (mean M[i,i] / mean
+M[i,j]; about 1 means none) and the mean epsilon. It reads one layer at a time: a layer of OLMoE-1B-7B, 64 experts,
+takes about 1 GB. `load_olmoe` builds the whole model instead, in float32.
+
+Two layouts are known, and told apart by their names (D is intermediate_size, d is hidden_size):
+  per expert, as in the released files   mlp.experts.{j}.gate_proj.weight [D, d], up_proj [D, d], down_proj [d, D]
+  fused, as in current transformers      mlp.experts.gate_up_proj [n, 2D, d], mlp.experts.down_proj [n, d, D]
+Ours is neither: W_g[j] = gate_proj.weight.T, W_p[j] = up_proj.weight.T, W_o[j] = down_proj.weight.T.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erc_moe.py lies one folder up
+
+import torch
+
+from erc_moe import MoEConfig, MoETransformer, activation_norms, coupling_report, noise_bound
+
+LAYER_NAMES = {  # in our Block: in theirs, below model.layers.{i}; the experts are apart
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q.weight": "self_attn.q_proj.weight",
+    "attention.k.weight": "self_attn.k_proj.weight",
+    "attention.v.weight": "self_attn.v_proj.weight",
+    "attention.o.weight": "self_attn.o_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "moe_norm.weight": "post_attention_layernorm.weight",
+    "moe.R": "mlp.gate.weight",
+}
+
+
+def olmoe_config(settings):
+    """Our MoEConfig for `settings`, the dict that config.json holds.
+
+    Raises ValueError for a setting that is missing, or that our model does not know.
+    """
+    needed = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size",
+              "intermediate_size", "num_experts", "num_experts_per_tok")  # in the order of MoEConfig
+    for name in needed:
+        if settings.get(name) is None:
+            raise ValueError(f"the configuration has no {name}: is this an OLMoE model?")
+    heads, rope = settings["num_attention_heads"], settings.get("rope_parameters") or {}  # new files nest rope_theta
+    if (settings.get("num_key_value_heads") or heads) != heads:
+        raise ValueError(f"num_key_value_heads {settings['num_key_value_heads']} is not num_attention_heads {heads}:"
+                         " shared keys and values are not supported")
+    for name, known in (("clip_qkv", None), ("rope_scaling", None), ("attention_bias", False), ("hidden_act", "silu")):
+        if settings.get(name, known) != known:
+            raise ValueError(f"{name} {settings[name]!r} is not supported, only {known!r}")
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported, only 'default'")
+    return MoEConfig(*(settings[name] for name in needed), renormalize=settings.get("norm_topk_prob", False),
+                     rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
+                     norm_eps=settings.get("rms_norm_eps", 1e-5),
+                     tie_embeddings=settings.get("tie_word_embeddings", False))
+
+
+def take(tensors, name, *shape):
+    """tensors[name] of this shape. Raises ValueError, with the name, where it is missing or shaped otherwise."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} should be {list(shape)}, but is {list(tensor.shape)}")
+    return tensor.detach()
+
+
+def expert_names(tensors, layer, part, config):
+    """Where the matrices of `part` ("gate", "up" or "down") of all experts are: one name (fused), or one per expert."""
+    experts = f"model.layers.{layer}.mlp.experts."
+    if experts + "gate_up_proj" in tensors:
+        return [experts + ("down_proj" if part == "down" else "gate_up_proj")]
+    return [f"{experts}{j}.{part}_proj.weight" for j in range(config.n_experts)]
+
+
+def expert_weights(tensors, layer, part, config):
+    """W_g, W_p [n, d, D] or W_o [n, D, d] of a layer, for part "gate", "up" or "down". Raises as `take` does."""
+    n, d, D = config.n_experts, config.d_model, config.d_expert
+    names = expert_names(tensors, layer, part, config)
+    if names[0].endswith(".weight"):
+        W = torch.stack([take(tensors, name, *((d, D) if part == "down" else (D, d))) for name in names])
+    elif part == "down":
+        W = take(tensors, names[0], n, d, D)
+    else:
+        both = take(tensors, names[0], n, 2 * D, d)  # the first D rows are the gate's
+        W = both[:, :D] if part == "gate" else both[:, D:]
+    return W.transpose(1, 2)
+
+
+@torch.no_grad()
+def load_olmoe(tensors, config):
+    """Our model, in float32, with the weights of OLMoE.
+
+    tensors: names of OlmoeForCausalLM -> tensors, a state dict in either layout; config: from `olmoe_config`. Raises
+    ValueError, with the name, for a tensor that is missing, unexpected, or not shaped as config says.
+    """
+    model = MoETransformer(config)
+    sources = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+               "head.weight": "lm_head.weight"}
+    for i in range(config.n_layers):
+        sources |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in LAYER_NAMES.items()}
+    unused = set(tensors) - set(sources.values())
+    for name, parameter in model.named_parameters():  # a head tied to the embedding is not among them
+        if name in sources:
+            parameter.copy_(take(tensors, sources[name], *parameter.shape))
+    for i, moe in enumerate(model.moe_layers()):
+        for part, parameter in (("gate", moe.W_g), ("up", moe.W_p), ("down", moe.W_o)):
+            parameter.copy_(expert_weights(tensors, i, part, config))
+            unused -= set(expert_names(tensors, i, part, config))
+    if unused:
+        raise ValueError(f"{min(unused)} is unexpected: the configuration has no place for {len(unused)} tensors")
+    return model
+
+
+class Folder(dict):
+    """The tensors of all *.safetensors files of a folder, by name; each is read when asked for, and not kept.
+
+    Raises ValueError for a damaged file, for a folder without any, and where the package that reads them is missing.
+    """
+
+    def __init__(self, path):
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            raise ValueError("reading *.safetensors needs a package: pip install safetensors") from None
+        for file in sorted(Path(path).glob("*.safetensors")):
+            try:
+                opened = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
+            self.update(dict.fromkeys(opened.keys(), opened))
+        if not self:
+            raise ValueError(f"no *.safetensors with weights in {path}")
+
+    def __getitem__(self, name):
+        return super().__getitem__(name).get_tensor(name)
+
+
+@torch.no_grad()
+def layer_report(tensors, layer, config, alpha=1.0):
+    """(violated share, coupling, mean epsilon), three floats, of one layer's clean M. Raises as `take` does."""
+    R = take(tensors, f"model.layers.{layer}.{LAYER_NAMES['moe.R']}", config.n_experts, config.d_model)
+    violated, coupling = coupling_report(activation_norms(R, expert_weights(tensors, layer, "gate", config)), alpha)
+    return violated.item(), coupling.item(), noise_bound(R).mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How coupled are the experts and routers of an OLMoE model?")
+    parser.add_argument("folder", help="holds config.json and *.safetensors")
+    parser.add_argument("--alpha", type=float, default=1.0, help="of the ERC constraints; smaller is stricter")
+    arguments = parser.parse_args()
+    try:
+        config = olmoe_config(json.loads((Path(arguments.folder) / "config.json").read_text()))
+        tensors = Folder(arguments.folder)
+        print(f"{config.n_layers} layers, n={config.n_experts} K={config.top_k} d={config.d_model} D={config.d_expert}"
+              f" alpha={arguments.alpha:g}\nlayer  violated  coupling  epsilon")
+        for layer in range(config.n_layers):
+            violated, coupling, epsilon = layer_report(tensors, layer, config, arguments.alpha)
+            print(f"{layer:5d}  {violated:8.1%}  {coupling:8.3f}  {epsilon:7.3f}", flush=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"olmoe.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

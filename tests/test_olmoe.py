@@ -1,0 +1,184 @@
+"""Our transformer against an independent implementation: Hugging Face's OLMoE, with the same random weights.
+
+Needs transformers (which brings safetensors). Run: python -m pytest tests/test_olmoe.py
+"""
+
+import json
+import subprocess
+import sys
+
+import olmoe
+import pytest
+import torch
+
+from erc_moe import activation_norms, coupling_report, noise_bound
+
+transformers = pytest.importorskip("transformers", reason="compares with OLMoE in transformers, which is not installed")
+modeling_olmoe = pytest.importorskip("transformers.models.olmoe.modeling_olmoe")
+
+
+def hugging_face_model(**changes):
+    """A small OlmoeForCausalLM, all of whose weights, norms included, are drawn at a size where each one matters."""
+    settings = dict(vocab_size=96, hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+                    max_position_embeddings=160, num_experts=4, num_experts_per_tok=2, pad_token_id=None,
+                    eos_token_id=None) | changes
+    torch.manual_seed(0)
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=parameter.size(-1) ** -0.5)
+    return model
+
+
+def per_expert(state):
+    """The state dict in the layout of the released files: the fused matrices cut apart, one name per expert."""
+    split = {}
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            for j, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                split[name.replace("gate_up_proj", f"{j}.gate_proj.weight")] = gate.clone()
+                split[name.replace("gate_up_proj", f"{j}.up_proj.weight")] = up.clone()
+        elif name.endswith("experts.down_proj"):
+            for j, down in enumerate(tensor):
+                split[name.replace("down_proj", f"{j}.down_proj.weight")] = down.clone()
+        else:
+            split[name] = tensor
+    return split
+
+
+@pytest.mark.parametrize("layout", [dict, per_expert])
+@pytest.mark.parametrize("K, n, heads, more", [
+    (1, 4, 2, {}),
+    (2, 4, 8, {}),
+    (1, 64, 8, {}),
+    (8, 64, 2, {}),
+    (2, 4, 2, dict(norm_topk_prob=True, tie_word_embeddings=True)),
+    (8, 64, 8, dict(norm_topk_prob=True, rms_norm_eps=0.1, rope_parameters=dict(rope_type="default", rope_theta=50.0))),
+])
+def test_logits_equal_those_of_hugging_face(K, n, heads, more, layout):
+    """Norms, rotary positions, attention, routing, experts, head: two implementations, one answer."""
+    theirs = hugging_face_model(num_experts=n, num_experts_per_tok=K, num_attention_heads=heads, **more)
+    ours = olmoe.load_olmoe(layout(theirs.state_dict()), olmoe.olmoe_config(theirs.config.to_dict()))
+    tokens = torch.randint(96, (2, 150))
+    with torch.no_grad():
+        wanted, got = theirs(tokens).logits, ours(tokens).logits
+    assert wanted.std() > 0.5, f"logits of size {wanted.std():.2f} would hide a difference"
+    difference = (got - wanted).abs().max().item()
+    assert difference < 1e-4, f"logits differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_balance_and_z_equal_theirs_but_for_the_factor_K(K):
+    """Theirs counts each token K times, so that its optimum is K; ours divides by the rows, so that it is 1.
+
+    One layer: theirs pools all layers before the product, and so takes two layers that collapsed onto different
+    experts for balanced ones. z is checked against their router logits.
+    """
+    theirs = hugging_face_model(num_hidden_layers=1, num_experts_per_tok=K)
+    ours = olmoe.load_olmoe(theirs.state_dict(), olmoe.olmoe_config(theirs.config.to_dict()))
+    tokens = torch.randint(96, (2, 150))
+    with torch.no_grad():
+        logits, out = theirs(tokens, output_router_logits=True).router_logits, ours(tokens)
+    balance = modeling_olmoe.load_balancing_loss_func(logits, num_experts=4, top_k=K).item()
+    assert abs(K * out.balance - balance) < 1e-4, f"ours {out.balance:.5f} times {K}, theirs {balance:.5f}"
+    z = logits[0].exp().sum(dim=-1).log().square().mean().item()
+    assert abs(out.z - z) < 1e-4, f"z {out.z:.5f}, from their logits {z:.5f}"
+
+
+def test_loaded_weights_are_copies():
+    """Training our model must not train theirs."""
+    theirs = hugging_face_model()
+    ours = olmoe.load_olmoe(theirs.state_dict(), olmoe.olmoe_config(theirs.config.to_dict()))
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    for parameter in ours.parameters():
+        parameter.data.zero_()
+    changed = [name for name, tensor in theirs.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert not changed, f"shared with the source: {changed}"
+
+
+@pytest.mark.parametrize("layout, damage, message", [
+    (dict, {"model.norm.weight": None}, "model.norm.weight is missing"),
+    (dict, {"model.layers.1.mlp.experts.down_proj": None}, "model.layers.1.mlp.experts.down_proj is missing"),
+    (per_expert, {"model.layers.1.mlp.experts.3.up_proj.weight": None}, "experts.3.up_proj.weight is missing"),
+    (per_expert, {"model.layers.0.mlp.experts.2.gate_proj.weight": torch.zeros(64, 40)},
+     r"layers.0.mlp.experts.2.gate_proj.weight should be \[40, 64\], but is \[64, 40\]"),
+    (dict, {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 64, 80)},
+     r"layers.0.mlp.experts.gate_up_proj should be \[4, 80, 64\], but is \[4, 64, 80\]"),
+    (dict, {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "layers.0.self_attn.q_proj.bias is unexpected"),
+    (per_expert, {"model.layers.0.mlp.experts.4.up_proj.weight": torch.zeros(40, 64)},
+     "layers.0.mlp.experts.4.up_proj.weight is unexpected"),
+])
+def test_a_damaged_state_dict_is_refused_by_name(layout, damage, message):
+    """One clear line that names the tensor, whatever is wrong with it."""
+    theirs = hugging_face_model()
+    state = layout(theirs.state_dict()) | damage
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        olmoe.load_olmoe(state, olmoe.olmoe_config(theirs.config.to_dict()))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(clip_qkv=8.0), "clip_qkv 8.0 is not supported"),
+    (dict(num_key_value_heads=1), "num_key_value_heads 1 is not num_attention_heads 2"),
+    (dict(attention_bias=True), "attention_bias True is not supported"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    (dict(rope_parameters=dict(rope_type="linear", factor=2.0)), "rope_type 'linear' is not supported"),
+    (dict(num_experts=None), "the configuration has no num_experts"),
+])
+def test_a_configuration_that_would_compute_something_else_is_refused(change, message):
+    """Better than logits that are a little wrong."""
+    with pytest.raises(ValueError, match=message):
+        olmoe.olmoe_config(hugging_face_model().config.to_dict() | change)
+
+
+def test_the_rotary_base_is_found_in_old_and_new_files():
+    """Files before transformers 5, the released ones among them, have rope_theta at the top."""
+    new = hugging_face_model(rope_parameters=dict(rope_type="default", rope_theta=77.0)).config.to_dict()
+    assert olmoe.olmoe_config(new).rope_theta == 77.0, f"new file: {olmoe.olmoe_config(new).rope_theta}"
+    old = {name: value for name, value in new.items() if name != "rope_parameters"} | dict(rope_theta=55.0)
+    assert olmoe.olmoe_config(old).rope_theta == 55.0, f"old file: {olmoe.olmoe_config(old).rope_theta}"
+
+
+def test_the_command_prints_what_the_weights_say(tmp_path):
+    """A saved model of several files, as released ones are: a line per layer, with the numbers of the one in memory."""
+    theirs = hugging_face_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1, "the case does not test several files"
+    ran = subprocess.run([sys.executable, olmoe.__file__, tmp_path, "--alpha", "0.9"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split() for line in ran.stdout.splitlines()[2:]]
+    for layer, (row, block) in enumerate(zip(rows, theirs.model.layers, strict=True)):
+        R, W_g = block.mlp.gate.weight, block.mlp.experts.gate_up_proj[:, :40].transpose(1, 2)
+        violated, coupling = coupling_report(activation_norms(R, W_g), alpha=0.9)
+        wanted = [str(layer), f"{violated:.1%}", f"{coupling:.3f}", f"{noise_bound(R).mean():.3f}"]
+        assert row == wanted, f"printed {row}, should be {wanted}"
+
+
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, monkeypatch):
+    """No configuration, not OLMoE, no weights, damaged weights: each ends the command with its reason."""
+    def refusal():
+        with pytest.raises(SystemExit) as stopped:
+            olmoe.main()
+        line = str(stopped.value)
+        assert line.startswith("olmoe.py: error: ") and "\n" not in line, f"not one line: {line}"
+        return line
+
+    monkeypatch.setattr(sys, "argv", ["olmoe.py", str(tmp_path)])
+    assert "config.json" in refusal()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "no vocab_size" in refusal()
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_model().config.to_dict()))
+    assert "no *.safetensors" in refusal()
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert "model.safetensors is damaged" in refusal()
+
+
+def test_without_safetensors_the_command_says_what_to_install(tmp_path, monkeypatch):
+    """An optional package, imported where it is used."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        olmoe.Folder(tmp_path)
