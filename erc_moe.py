@@ -238,7 +238,7 @@ class MoE(nn.Module):
     """A layer of n SwiGLU experts, of which each token uses the K that the router R scores highest; none is dropped.
 
     forward: x [B, T, d] -> (output [B, T, d], MoEStats). Routing works in float32, the experts in the autocast type
-    if there is one, else in x's.
+    if there is one, else in x's, which the grouped product wants to be float32, bfloat16 or float16.
     """
 
     def __init__(self, config):
@@ -291,14 +291,15 @@ class MoE(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 at least."""
+    """x / rms(x) * weight over the last dimension, computed in float32 at least, returned in the weight's type."""
 
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(at_least_float32(x), self.weight.shape, self.weight, self.eps)
+        weight = at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 def linear(fan_in, fan_out, std):

@@ -6,7 +6,7 @@
     python prepare_data.py story.txt notes/      # your own UTF-8 text: files, or folders of .txt files
     python prepare_data.py --check data/demo     # are all bytes still the ones that were written?
 
-One pipeline serves every source:  documents -> tokens (threads, in order, little ahead) -> one file -> shards.  It holds
+One pipeline serves every source: documents -> tokens (threads, in order, little ahead) -> one file -> shards. It holds
 a few MB per thread. It can be killed anywhere and run again: the shards are the same, whatever the number of threads.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens: the format of llm.c and
@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 SOURCES = ("demo", "tinystories", "openwebtext")
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two documents of a text file
-BLOCK = 1 << 20  # bytes read at once, and the longest text that waits for the end of its document
+BLOCK = 1 << 18  # bytes read at once, and the longest text that waits for the end of its document
 
 
 class UserError(Exception):
@@ -64,7 +64,7 @@ class UserError(Exception):
         self.code = code
 
 
-# ---- Tokenizers -------------------------------------------------------------------------------------------------------
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def get_tokenizer(name):
@@ -75,7 +75,7 @@ def get_tokenizer(name):
     try:
         import tiktoken
         if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
-            return tiktoken.Encoding("bytes", pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
+            return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                      special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
         return tiktoken.get_encoding({"gpt2": "gpt2"}[name])
     except ImportError as error:
@@ -87,7 +87,7 @@ def get_tokenizer(name):
                         " connect to the network once, or use --tokenizer bytes") from error
 
 
-# ---- Shards -----------------------------------------------------------------------------------------------------------
+# ---- Shards ----------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("<3i1012x")  # magic, version, tokens
 MAGIC = 20240520
@@ -177,7 +177,7 @@ def check(folder):
         largest = max(int(block.int().max()) for block in read_shard(path).split(BLOCK))
         if largest >= data.vocab_size:
             raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; make it again")
-    print(f"{folder}: {len(paths)} shards, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens, all right")
+    print(f"{folder}: all right, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens in {len(paths)} shards")
 
 
 def sha256_of(path):
@@ -202,8 +202,8 @@ def write_whole(path, blocks):
 def cut_shards(file, split, total, shard_tokens, folder):
     """Tokens [0, split) of an open file become training shards, [split, total) validation shards.
 
-    The last one goes first and the file shrinks with each, so that no disk need hold the tokens twice. Returns a list of
-    {"name", "tokens", "sha256" of the shard file} in order.
+    The last one goes first and the file shrinks with each, so that no disk need hold the tokens twice. Returns a list
+    of {"name", "tokens", "sha256" of the shard file} in order.
     """
     plan = [(f"{name}_{i:06d}.bin", start, min(start + shard_tokens, end))
             for name, first, end in (("train", 0, split), ("val", split, total))
@@ -218,16 +218,16 @@ def cut_shards(file, split, total, shard_tokens, folder):
     return shards
 
 
-# ---- Documents to tokens ----------------------------------------------------------------------------------------------
+# ---- Documents to tokens ---------------------------------------------------------------------------------------------
 # A source is an iterator of jobs, (bytes of input, function). The function runs in a thread and returns pieces, (text,
-# does a document end here): a document can be far longer than what one wants to hold in memory.
+# does a document end here), because a document can be far longer than what one wants to hold in memory.
 
 
 def text_jobs(paths, errors="strict"):
     """Jobs for UTF-8 files. SEPARATOR lines stand between documents and belong to none; blank documents are left out.
 
-    A byte order mark is dropped and line ends become \n. Long documents are cut in front of a blank behind a word, which
-    no GPT-2 token crosses. Raises UserError for an empty file and, with errors="strict", for one that is not UTF-8 text.
+    A byte order mark is dropped, CRLF becomes LF. Long documents are cut in front of a blank behind a word: no GPT-2
+    token reaches across. Raises UserError for an empty file and, with errors="strict", for one that is not UTF-8 text.
     """
     for path in paths:
         decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(errors), translate=True)
@@ -275,7 +275,7 @@ def write_tokens(jobs, encoding, file, limit, workers, total=None):
     """Append the tokens of all documents to an open file; return where each document ends, in tokens from here.
 
     Whole documents are kept as long as they fit the limit (None: all); if not even the first one does, it is cut, and
-    still ends with end-of-text. `total` is the bytes of all jobs, for the bar. Raises UserError if there is no document.
+    still ends with end-of-text. `total`: bytes of all jobs, for the bar. Raises UserError where there is no document.
     """
     def tokens_of(job):
         tokens, ends = array("H"), []
@@ -310,7 +310,7 @@ def write_tokens(jobs, encoding, file, limit, workers, total=None):
     return ends
 
 
-# ---- The Hugging Face hub ---------------------------------------------------------------------------------------------
+# ---- The Hugging Face hub --------------------------------------------------------------------------------------------
 
 # Pinned commits: next year's download is the same. Where the hub answers 404, look up the new path and edit it here.
 TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
@@ -441,7 +441,8 @@ def tar_members(file, suffix, where):
             size, checksum = (int(header[at:at + n].strip(b"\0 ") or b"0", 8) for at, n in ((124, 12), (148, 8)))
         except ValueError:
             size = checksum = -1
-        name, good = header[:100].rstrip(b"\0"), checksum == sum(header[:148]) + 8 * 32 + sum(header[156:]) and size >= 0
+        name = header[:100].rstrip(b"\0")
+        good = size >= 0 and checksum == sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
         wanted = header[156:157] in (b"0", b"\0") and (name.endswith(suffix) or len(name) == 100)
         data = file.read(size) if good and wanted and size <= CAP else b""
         if not good or wanted and len(data) < size:
@@ -480,7 +481,7 @@ def openwebtext_jobs(folder, subsets):
                 yield len(packed), partial(unpack, packed, f"{path}: archive {i}")
 
 
-# ---- The embedded corpus ----------------------------------------------------------------------------------------------
+# ---- The embedded corpus ---------------------------------------------------------------------------------------------
 #
 # The embedded demo corpus: four kinds of tiny documents from a grammar that knows the probability of what it says.
 #
@@ -489,22 +490,24 @@ def openwebtext_jobs(folder, subsets):
 #     sums      small additions and subtractions with their right answers
 #     program   a Python session with its right output
 #
-# A language model trained on this text can be measured against the truth: the mean of -log_prob over the same documents
-# is a floor that no model beats on average. The floor is only true if every text has exactly one derivation, which three
-# habits secure: no alternative of a rule begins with another one, nothing is optional, and no draw ignores its order.
+# A language model trained on this text can be measured against the truth: the mean of -log_prob over the same
+# documents is a floor that no model beats on average. The floor is only true if every text has exactly one
+# derivation, which three habits secure: no alternative of a rule begins with another one, nothing is optional, and
+# no draw ignores its order.
 
 KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the rule of its whole document
 
 # Alternatives are divided by "|" and equally likely, except that none is used twice in a document (two friends never
-# share a name, and fewer words are left for the second). Slots are filled from left to right:
+# share a name, and one word less is left for the second). Slots are filled from left to right:
 #     {name}       an alternative of the rule `name`          {A=name}    the same, remembered as A
 #     {M=1..9}     a number, remembered; bounds may be sums   {A} {M+N}   what is remembered, or a sum of it
-# 8 to 18 words per rule and one or two remembered things per document keep the entropy in the words a reader would call
-# content, and keep copying, which small models learn late, a small part of the task.
+# 6 to 16 words per rule and one or two remembered things per document keep the entropy in the words a reader would call
+# content, and copying, which small models learn late, a small part of the task. For the same reason a sum stands beside
+# its answer. No document of this grammar is longer than 243 bytes, whatever the seed.
 GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
     "story":
         "One {weather} {hour} {A=name} the {mood} {animal} found a {look} {X=thing} {place}. The {X} {trouble}. "
-        "{name} the {animal} {came} with a {tool}. They ate {taste} {treat} and slept {bed}. Sleep well, {A}!",
+        "A {mood} {animal} {came} with a {tool}. They ate {taste} {treat} and slept {bed}. Sleep well, {A}!",
     "recipe":
         "To make {taste} {X=dish} for {N=2..9}:\n"
         "- {N=2..9} {unit} of {food}\n- {N=2..9} {unit} of {food}\n- {N=2..9} {unit} of {A=food}\n"
@@ -612,7 +615,7 @@ def _sum(expression: str, memory: dict[str, str]) -> int:
     return sum((-1 if term[0] == "-" else 1) * int(memory.get(term.strip("-"), term.strip("-"))) for term in terms)
 
 
-# ---- Preparing --------------------------------------------------------------------------------------------------------
+# ---- Preparing -------------------------------------------------------------------------------------------------------
 
 VAL_FRACTION = {"demo": 320 / 22_000, "openwebtext": 0.001}  # else 0.1; TinyStories brings its own validation file
 
@@ -621,37 +624,33 @@ def own_files(paths):
     """The files among paths and, sorted, the .txt files in the folders among them. Raises UserError."""
     files = []
     for path in map(Path, paths):
-        found = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path} has no .txt file; name the files themselves")
-        if not found[0].is_file():
-            raise UserError(f"{path} is neither a file nor a folder nor one of {', '.join(SOURCES)}; check the spelling",
+        if not (path.is_dir() or path.is_file()):  # a word is a misspelt source, hence wrong usage
+            raise UserError(f"{path} is no file or folder, and not one of {', '.join(SOURCES)}; check the spelling",
                             code=1 if path.suffix or len(path.parts) > 1 else 2)
-        files += found
+        files += sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{', '.join(paths)}: there is no .txt file; name the files themselves")
     return files
 
 
-def tokenise(args, source, files, file):
+def tokenise(args, source, files, encoding, file):
     """Write the tokens of a source to an open file. Returns (ends of documents, tokens for training, more for meta)."""
-    def write(jobs, limit=args.max_tokens, total=None):
-        return write_tokens(jobs, get_tokenizer(args.tokenizer), file, limit, args.workers, total)
-
+    write = partial(write_tokens, encoding=encoding, file=file, workers=args.workers)
+    limit, downloads = args.max_tokens, args.out / "downloads"
     if source == "tinystories":
-        ends, limit = array("Q"), args.max_tokens
-        for name, share in (("train", limit and limit - max(1, limit // 10)), ("valid", limit and max(1, limit // 10))):
-            split = ends[-1] if ends else 0
-            path = download(TINYSTORIES.format(name), args.out / "downloads", "TINYSTORIES")
-            ends.extend(split + end for end in write(text_jobs([path], "replace"), share, path.stat().st_size))
-        return ends, split, {}
+        val_limit = limit and max(1, limit // 10)
+        paths = [download(TINYSTORIES.format(split), downloads, "TINYSTORIES") for split in ("train", "valid")]
+        ends, val_ends = (write(text_jobs([path], "replace"), limit=n, total=path.stat().st_size)
+                          for path, n in zip(paths, (limit and limit - val_limit, val_limit)))
+        split = ends[-1]
+        return ends + array("Q", (split + end for end in val_ends)), split, {}
     if source == "demo":
         documents = list(demo_documents())
-        pieces = [(text, True) for _, text, _ in documents]
-        ends = write((0, partial(iter, pieces[i:i + 1000])) for i in range(0, len(pieces), 1000))
-    elif source == "openwebtext":
-        ends = write(openwebtext_jobs(args.out / "downloads", args.subsets or 21))
+        jobs = ((0, partial(iter, [(text, True)])) for _, text, _ in documents)
     else:
-        ends = write(text_jobs(files), total=sum(path.stat().st_size for path in files))
-    fraction, n = args.val_fraction or VAL_FRACTION.get(source, 0.1), len(ends)
+        jobs = openwebtext_jobs(downloads, args.subsets or 21) if source else text_jobs(files)
+    ends = write(jobs, limit=limit, total=sum(path.stat().st_size for path in files) or None)
+    n, fraction = len(ends), args.val_fraction or VAL_FRACTION.get(source, 0.1)
     if n == 1:
         return ends, max(1, ends[0] - max(1, round(fraction * ends[0]))), {}
     kept = max(1, n - max(1, round(fraction * n)))
@@ -680,11 +679,11 @@ def prepare(args):
         unfinished.unlink(missing_ok=True)
         print(f"{out} holds this already; --overwrite makes it again")
         return
-    if not meta_path.exists():  # left by a run that was killed
-        old = [path.unlink() for path in old][:0]
+    while unfinished.exists() and not meta_path.exists() and old:  # left by a run that was killed
+        old.pop().unlink()
     with open(unfinished, "w+b") as file:
         try:
-            ends, split, more = tokenise(args, source, files, file)
+            ends, split, more = tokenise(args, source, files, encoding, file)
             if ends[-1] > 10**5 * args.shard_tokens:
                 raise UserError(f"{ends[-1]:,} tokens would be too many files; choose a larger --shard-tokens", code=2)
         except BaseException:  # nothing is lost: the data that was here still is, and so are downloads
@@ -706,7 +705,7 @@ def prepare(args):
           (f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else "") + f"; it begins {sample!r}")
 
 
-# ---- Command line -----------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -732,8 +731,8 @@ class Parser(argparse.ArgumentParser):
 def run(main):
     """Run main(argv) and return the exit code. The one place that prints errors: "<program>: error: ..." on stderr."""
     try:
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # a story may hold what an ASCII terminal cannot show
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a story may hold what an ASCII terminal cannot show
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
         return code
@@ -747,7 +746,7 @@ def run(main):
     except OSError as error:
         if not error.strerror:
             raise
-        message, code = f"{error.filename or 'system'}: {error.strerror}; is there room, and are you allowed to?", 1
+        message, code = f"{error.filename or 'system'}: {error.strerror}; make room, or check the permissions", 1
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -770,14 +769,14 @@ def main(argv=None):
     parser.add_argument("source", nargs="*", help=f"{', '.join(SOURCES)}, or files and folders of UTF-8 text")
     parser.add_argument("--out", help="folder for the shards (default: data/<name>)")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: bytes for demo, else gpt2")
-    parser.add_argument("--subsets", type=partial(number, int, 1, 21), help="of openwebtext, the first ones (default: 21)")
+    parser.add_argument("--subsets", type=partial(number, int, 1, 21), help="of openwebtext (default: 21)")
     parser.add_argument("--max-tokens", type=partial(number, int, 2, 10**12), help="take no more documents than fit")
     parser.add_argument("--shard-tokens", type=partial(number, int, 1, 2**31 - 1), default=10**8, help="default: 10^8")
     parser.add_argument("--val-fraction", type=partial(number, float, 1e-6, 1 - 1e-6),
                         help="of the documents, the last ones (default: 0.1; demo 0.0145, openwebtext 0.001)")
     parser.add_argument("--workers", type=partial(number, int, 1, 256), default=min(16, os.cpu_count() or 1),
                         help="threads; they change the speed and nothing else (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new data is complete")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new is ready")
     parser.add_argument("--check", metavar="DIR", help="read all of a folder of shards, and stop")
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.check):

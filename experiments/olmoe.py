@@ -7,7 +7,7 @@ large model that never heard of it:
 
 prints, for each layer, the share of the ERC constraints that the clean M breaks, its coupling (mean M[i,i] / mean
 M[i,j]; about 1 means none) and the mean epsilon. It reads one layer at a time: a layer of OLMoE-1B-7B, 64 experts,
-takes about 1 GB. `load_olmoe` builds the whole model instead, in float32.
+takes about 1.3 GB. `load_olmoe` builds the whole model instead, in float32.
 
 Two layouts are known, and told apart by their names (D is intermediate_size, d is hidden_size):
   per expert, as in the released files   mlp.experts.{j}.gate_proj.weight [D, d], up_proj [D, d], down_proj [d, D]

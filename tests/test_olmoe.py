@@ -89,6 +89,20 @@ def test_balance_and_z_equal_theirs_but_for_the_factor_K(K):
     assert abs(out.z - z) < 1e-4, f"z {out.z:.5f}, from their logits {z:.5f}"
 
 
+def test_a_tied_head_is_loaded_once_and_an_untied_one_is_wanted():
+    """Files of tied models leave lm_head.weight out; in other files its absence is damage."""
+    for tied in (True, False):
+        theirs = hugging_face_model(tie_word_embeddings=tied)
+        state, config = theirs.state_dict(), olmoe.olmoe_config(theirs.config.to_dict())
+        del state["lm_head.weight"]
+        if tied:
+            total = olmoe.load_olmoe(state, config).num_params()[0]
+            assert total == theirs.num_parameters(), f"{total} parameters, theirs has {theirs.num_parameters()}"
+        else:
+            with pytest.raises(ValueError, match="lm_head.weight is missing"):
+                olmoe.load_olmoe(state, config)
+
+
 def test_loaded_weights_are_copies():
     """Training our model must not train theirs."""
     theirs = hugging_face_model()

@@ -43,8 +43,6 @@ def gpt2():
 
 def failure(capsys, *argv):
     """(exit code, the one line on stderr) of a command that must fail."""
-    prepare_data.tqdm.monitor_interval = 0
-    sys.argv[0] = "prepare_data.py"
     old, sys.argv = sys.argv, ["prepare_data.py", *map(str, argv)]
     try:
         code = prepare_data.run(main)
@@ -80,19 +78,27 @@ def as_ids(*documents):
 
 def stories(n, seed=0):
     draw = random.Random(seed)
-    return [" ".join(draw.choice(["Ein", "kleiner", "Bär", "日本", "once", "upon", "a\n\n time"]) for _ in range(draw.randint(1, 60)))
-            for _ in range(n)]
+    return [
+        " ".join(
+            draw.choice(["Ein", "kleiner", "Bär", "日本", "once", "upon", "a\n\n time"])
+            for _ in range(draw.randint(1, 60))
+        )
+        for _ in range(n)
+    ]
 
 
 # ---- Tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def test_bytes_tokenizer_is_the_bytes():
-    """"bytes" gives the UTF-8 bytes of any text, decodes them back, and keeps 256 for the end of a text."""
+    """ "bytes" gives the UTF-8 bytes of any text, decodes them back, and keeps 256 for the end of a text."""
     encoding, draw = get_tokenizer("bytes"), random.Random(0)
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     for _ in range(100):
-        text = "".join(chr(draw.choice([*range(128), 228, 0x65e5, 0x1f600])) for _ in range(draw.randint(0, 300))) + SEPARATOR
+        text = (
+            "".join(chr(draw.choice([*range(128), 228, 0x65E5, 0x1F600])) for _ in range(draw.randint(0, 300)))
+            + SEPARATOR
+        )
         ids = encoding.encode_ordinary(text)
         assert bytes(ids) == text.encode() and encoding.decode(ids) == text, repr(text)
 
@@ -111,8 +117,13 @@ def test_no_vocabulary_and_no_network_is_one_line(tmp_path):
     """Without the GPT-2 files and a network, a fresh process says TIKTOKEN_CACHE_DIR in one line and exits with 1."""
     write("a.txt", "text")
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    done = subprocess.run([sys.executable, ROOT / "prepare_data.py", "a.txt"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, **nowhere, "NO_PROXY": "", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")})
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare_data.py", "a.txt"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **nowhere, "NO_PROXY": "", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")},
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "TIKTOKEN_CACHE_DIR" in done.stderr, done.stderr
     assert done.stderr.startswith("prepare_data.py: error: ") and not Path("data/a/tokens.part").exists(), done.stderr
 
@@ -131,9 +142,17 @@ def test_shard_is_the_llm_c_format():
     assert struct.unpack("<3H", Path("o/val_000000.bin").read_bytes()[1024:]) == (*b"lo", 256)
 
 
-@pytest.mark.parametrize("dress", [lambda t: t, lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t + "\n",
-                                   lambda t: f"{SEPARATOR}\n{SEPARATOR}\n \n{SEPARATOR}\n{t}\n{SEPARATOR}\n{SEPARATOR}"],
-                         ids=["plain", "bom", "crlf", "newline", "separators"])
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda t: t,
+        lambda t: "\ufeff" + t,
+        lambda t: t.replace("\n", "\r\n"),
+        lambda t: t + "\n",
+        lambda t: f"{SEPARATOR}\n{SEPARATOR}\n \n{SEPARATOR}\n{t}\n{SEPARATOR}\n{SEPARATOR}",
+    ],
+    ids=["plain", "bom", "crlf", "newline", "separators"],
+)
 @pytest.mark.parametrize("block", [17, 18, 19, 30, 64, 1 << 20])
 def test_documents_of_a_file(monkeypatch, dress, block):
     """However a file is dressed and read, its documents are the texts between separator lines, each with its end."""
@@ -150,8 +169,10 @@ def test_documents_of_a_file(monkeypatch, dress, block):
 def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
     """A document longer than a block gives exactly the GPT-2 tokens of the whole, runs of white space included."""
     encoding, draw = gpt2(), random.Random(1)
-    text = "".join(draw.choice(["word", "It's", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "日本", "\u00a0", "\x1c", "\u2003"])
-                   for _ in range(3000))
+    text = "".join(
+        draw.choice(["word", "It's", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "日本", "\u00a0", "\x1c", "\u2003"])
+        for _ in range(3000)
+    )
     whole = encoding.encode_ordinary(text)
     write("a.txt", text)
     for block in (100, 300, 1000):
@@ -170,6 +191,7 @@ def test_workers_do_not_change_a_byte(monkeypatch):
 
     class Uneven:
         """A tokenizer that takes longer for some pieces, so that threads finish out of order."""
+
         eot_token, n_vocab, decode = 256, 257, get_tokenizer("bytes").decode
 
         def encode_ordinary(self, text):
@@ -178,7 +200,19 @@ def test_workers_do_not_change_a_byte(monkeypatch):
 
     monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: Uneven())
     for workers in (1, 2, 4):
-        main(["a.txt", "--out", f"o{workers}", "--tokenizer", "bytes", "--workers", str(workers), "--shard-tokens", "5000"])
+        main(
+            [
+                "a.txt",
+                "--out",
+                f"o{workers}",
+                "--tokenizer",
+                "bytes",
+                "--workers",
+                str(workers),
+                "--shard-tokens",
+                "5000",
+            ]
+        )
     assert contents("o1") == contents("o2") == contents("o4")
 
 
@@ -201,7 +235,7 @@ def test_max_tokens_takes_whole_documents():
         main(["a.txt", "--out", f"o{limit}", "--tokenizer", "bytes", "--max-tokens", str(limit)])
         ids = all_tokens(f"o{limit}")
         fit = max((n for n in range(41) if len(as_ids(*texts[:n])) <= limit))
-        assert ids == (as_ids(*texts[:fit]) if fit else as_ids(texts[0])[:limit - 1] + [256]), (limit, len(ids), fit)
+        assert ids == (as_ids(*texts[:fit]) if fit else as_ids(texts[0])[: limit - 1] + [256]), (limit, len(ids), fit)
 
 
 def test_folder_is_its_txt_files_in_order():
@@ -217,7 +251,15 @@ def test_final_line_counts(capsys):
     write("a.txt", f"\n{SEPARATOR}\n".join(["abc"] * 20))
     main(["a.txt", "--out", "o", "--tokenizer", "bytes"])
     line, meta = capsys.readouterr().out.splitlines()[-1], json.loads(Path("o/meta.json").read_text(encoding="utf-8"))
-    for word in ("20 documents", "80 tokens", "8 of them", "2 shards", f"{2 * 1024 + 160:,} bytes", "4.0 tokens per", "'abc"):
+    for word in (
+        "20 documents",
+        "80 tokens",
+        "8 of them",
+        "2 shards",
+        f"{2 * 1024 + 160:,} bytes",
+        "4.0 tokens per",
+        "'abc",
+    ):
         assert word in line, f"{word!r} is not in {line!r}"
     assert (meta["documents"], meta["tokens"], meta["vocab_size"], meta["eot"]) == (20, 80, 257, 256), meta
     for shard in meta["shards"]:
@@ -249,14 +291,14 @@ def test_failed_overwrite_keeps_the_old_data(capsys):
     assert contents("o") == before
 
 
-def test_demo_knows_its_floor(monkeypatch):
+def test_demo_knows_its_floor():
     """The demo needs less than 10 s; floor and val_documents describe the held-out documents in its val shard."""
     began = time.perf_counter()
     assert main(["demo", "--out", "d"]) == 0
     seconds, data = time.perf_counter() - began, load_data("d")
     documents, ids = list(prepare_data.demo_documents()), tokens("d", "val")
     spans = data.meta["val_documents"]
-    held_out = documents[-len(spans):]
+    held_out = documents[-len(spans) :]
     assert seconds < 10 and len(spans) >= 300, f"{seconds:.1f} s, {len(spans)} held-out documents"
     assert ids == as_ids(*(text for _, text, _ in held_out)), "the val shard is not the last documents"
     ends = [0]
@@ -271,20 +313,42 @@ def test_demo_knows_its_floor(monkeypatch):
 # ---- What is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["demo", "--max-tokens", "nan"], "nan"), (["demo", "--max-tokens", "inf"], "inf"), (["demo", "--max-tokens", "-1"], "-1"),
-    (["demo", "--max-tokens", "0"], "0"), (["demo", "--max-tokens", "1e3"], "1e3"), (["demo", "--max-tokens", "9" * 30], "999"),
-    (["demo", "--max-tokens", "9" * 5000], "999"), (["demo", "--shard-tokens", "0"], "0"),
-    (["demo", "--shard-tokens", str(2**31)], "2147483647"), (["demo", "--val-fraction", "nan"], "nan"),
-    (["demo", "--val-fraction", "0"], "0"), (["demo", "--val-fraction", "1"], "1"), (["demo", "--val-fraction", "x"], "x"),
-    (["demo", "--workers", "0"], "0"), (["demo", "--workers", "1000000"], "256"), (["openwebtext", "--subsets", "22"], "21"),
-    (["demo", "--subsets", "1"], "openwebtext"), (["tinystories", "--val-fraction", "0.1"], "validation"),
-    (["demo", "--max", "5"], "--max-tokens"), (["demo", "--wrokers", "2"], "--workers"), (["demo", "--tokenizer", "gpt3"], "gpt2"),
-    (["tinystorys"], "tinystories"), ([], "demo"), (["demo", "--check", "x"], "--check"), (["demo", "--out"], "--out"),
-    (["demo", "--shard-tokens", "1"], "shard-tokens"), (["demo", "--overwrite=yes"], "--overwrite"),
-], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["demo", "--max-tokens", "nan"], "nan"),
+        (["demo", "--max-tokens", "inf"], "inf"),
+        (["demo", "--max-tokens", "-1"], "-1"),
+        (["demo", "--max-tokens", "0"], "0"),
+        (["demo", "--max-tokens", "1e3"], "1e3"),
+        (["demo", "--max-tokens", "9" * 30], "999"),
+        (["demo", "--max-tokens", "9" * 5000], "999"),
+        (["demo", "--shard-tokens", "0"], "0"),
+        (["demo", "--shard-tokens", str(2**31)], "2147483647"),
+        (["demo", "--val-fraction", "nan"], "nan"),
+        (["demo", "--val-fraction", "0"], "0"),
+        (["demo", "--val-fraction", "1"], "1"),
+        (["demo", "--val-fraction", "x"], "x"),
+        (["demo", "--workers", "0"], "0"),
+        (["demo", "--workers", "1000000"], "256"),
+        (["openwebtext", "--subsets", "22"], "21"),
+        (["demo", "--subsets", "1"], "openwebtext"),
+        (["tinystories", "--val-fraction", "0.1"], "validation"),
+        (["demo", "--max", "5"], "--max-tokens"),
+        (["demo", "--wrokers", "2"], "--workers"),
+        (["demo", "--tokenizer", "gpt3"], "gpt2"),
+        (["tinystorys"], "tinystories"),
+        ([], "demo"),
+        (["demo", "--check", "x"], "--check"),
+        (["demo", "--out"], "--out"),
+        (["big.txt", "--tokenizer", "bytes", "--shard-tokens", "1"], "shard-tokens"),
+        (["demo", "--overwrite=yes"], "--overwrite"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
 def test_wrong_usage_is_exit_2(capsys, argv, word):
     """A flag that cannot be is one line on stderr that says so, exit code 2, and nothing is written."""
+    write("big.txt", "x" * 100_000)
     code, line = failure(capsys, *argv)
     assert code == 2 and word in line, f"exit {code}: {line}"
     assert not list(Path().rglob("*.bin"))
@@ -301,13 +365,22 @@ def test_underscores_are_dashes_in_flags_and_nowhere_else():
     assert parser.parse_args(["--one-flag", "--a_b is text"]).one_flag == "--a_b is text"
 
 
-@pytest.mark.parametrize("make, word", [
-    (lambda: "missing.txt", "missing.txt"), (lambda: write("e.txt", ""), "empty"), (lambda: write("s.txt", " \n\n"), "empty"),
-    (lambda: write("s.txt", f"{SEPARATOR}\n{SEPARATOR}\n"), "empty"), (lambda: write("x.txt", b"0123456789\xffabc"), "0xff at offset 10"),
-    (lambda: write("b.txt", b"\xef\xbb\xbfab\xfe"), "0xfe at offset 5"), (lambda: write("u.txt", b"caf\xc3"), "0xc3 at offset 3"),
-    (lambda: write("z.txt", b"a\0b"), "zero"), (lambda: os.path.dirname(write("d/x.md", "x")), "no .txt"),
-    (lambda: os.mkfifo("p.txt") or "p.txt", "p.txt"), (lambda: write("o", "file") and write("a.txt", "x"), "o"),
-])
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda: "missing.txt", "missing.txt"),
+        (lambda: write("e.txt", ""), "empty"),
+        (lambda: write("s.txt", " \n\n"), "empty"),
+        (lambda: write("s.txt", f"{SEPARATOR}\n{SEPARATOR}\n"), "empty"),
+        (lambda: write("x.txt", b"0123456789\xffabc"), "0xff at offset 10"),
+        (lambda: write("b.txt", b"\xef\xbb\xbfab\xfe"), "0xfe at offset 5"),
+        (lambda: write("u.txt", b"caf\xc3"), "0xc3 at offset 3"),
+        (lambda: write("z.txt", b"a\0b"), "zero"),
+        (lambda: os.path.dirname(write("d/x.md", "x")), "no .txt"),
+        (lambda: os.mkfifo("p.txt") or "p.txt", "p.txt"),
+        (lambda: write("o", "file") and write("a.txt", "x"), "o"),
+    ],
+)
 def test_bad_input_is_exit_1(capsys, make, word):
     """Text that cannot be used is one line that names it, exit code 1, and leaves no shard behind."""
     code, line = failure(capsys, make(), "--out", "o", "--tokenizer", "bytes")
@@ -319,7 +392,7 @@ def test_offset_of_a_bad_byte_is_right_in_later_blocks(capsys, monkeypatch):
     """The offset of a byte that is not UTF-8 counts from the beginning of the file, wherever blocks were cut."""
     monkeypatch.setattr(prepare_data, "BLOCK", 7)
     for at in range(20, 30):
-        write("x.txt", ("ä" * 40).encode()[:2 * at] + b"\xfe" + b"rest")
+        write("x.txt", ("ä" * 40).encode()[: 2 * at] + b"\xfe" + b"rest")
         assert f"0xfe at offset {2 * at});" in failure(capsys, "x.txt", "--out", "o", "--tokenizer", "bytes")[1]
 
 
@@ -329,9 +402,18 @@ def shard(ids, n=None, magic=20240520, version=1, order="<"):
 
 GOOD = list(range(100))
 BAD_SHARDS = {
-    "empty": b"", "short": b"\1" * 500, "header only": shard([]), "odd": shard(GOOD) + b"\0", "magic": shard(GOOD, magic=1),
-    "llama": shard(GOOD, magic=20240801), "version": shard(GOOD, version=2), "negative": shard(GOOD, n=-1),
-    "cut": shard(GOOD)[:-20], "long": shard(GOOD) + bytes(20), "big-endian": shard(GOOD, order=">"), "raw": array("H", GOOD).tobytes() * 9,
+    "empty": b"",
+    "short": b"\1" * 500,
+    "header only": shard([]),
+    "odd": shard(GOOD) + b"\0",
+    "magic": shard(GOOD, magic=1),
+    "llama": shard(GOOD, magic=20240801),
+    "version": shard(GOOD, version=2),
+    "negative": shard(GOOD, n=-1),
+    "cut": shard(GOOD)[:-20],
+    "long": shard(GOOD) + bytes(20),
+    "big-endian": shard(GOOD, order=">"),
+    "raw": array("H", GOOD).tobytes() * 9,
 }
 
 
@@ -357,7 +439,7 @@ def test_every_header_is_read_or_refused():
         data = bytearray(shard(GOOD))
         for _ in range(draw.randint(1, 3)):
             data[draw.randrange(12)] = draw.choice([0, 1, 255, draw.randrange(256)])
-        write("t_train.bin", bytes(data[:draw.choice([len(data), draw.randrange(len(data))])]))
+        write("t_train.bin", bytes(data[: draw.choice([len(data), draw.randrange(len(data))])]))
         try:
             read_shard("t_train.bin")
             assert Path("t_train.bin").read_bytes() == shard(GOOD), data[:12]
@@ -365,17 +447,27 @@ def test_every_header_is_read_or_refused():
             pass
 
 
-@pytest.mark.parametrize("damage, word", [
-    (lambda o: (o / "val_000000.bin").unlink(), "val_000000.bin is missing"), (lambda o: write(o / "x_train.bin", shard(GOOD)), "x_train.bin"),
-    (lambda o: write(o / "meta.json", "{"), "meta.json is damaged"), (lambda o: write(o / "meta.json", "[]"), "meta.json is damaged"),
-    (lambda o: write(o / "meta.json", "{}"), "meta.json is damaged"), (lambda o: write(o / "meta.json", b"\xff"), "meta.json is damaged"),
-    (lambda o: write(o / "meta.json", (o / "meta.json").read_text().replace("train_0", "../o/train_0")), "/train_000000.bin"),
-    (lambda o: write(o / "train_000000.bin", shard(GOOD)), "100 tokens"), (lambda o: [p.unlink() for p in o.iterdir()], "training shard"),
-    (lambda o: [p.unlink() for p in o.iterdir() if p.name[0] in "mv"], "validation shard"),
-    (lambda o: ((o / "meta.json").unlink(), write(o / "tokens.part", "")), "not finished"),
-    (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir()), "missing"),
-    (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir(), write(o, "x")), "not a folder"),
-])
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda o: (o / "val_000000.bin").unlink(), "val_000000.bin is missing"),
+        (lambda o: write(o / "x_train.bin", shard(GOOD)), "x_train.bin"),
+        (lambda o: write(o / "meta.json", "{"), "meta.json is damaged"),
+        (lambda o: write(o / "meta.json", "[]"), "meta.json is damaged"),
+        (lambda o: write(o / "meta.json", "{}"), "meta.json is damaged"),
+        (lambda o: write(o / "meta.json", b"\xff"), "meta.json is damaged"),
+        (
+            lambda o: write(o / "meta.json", (o / "meta.json").read_text().replace("train_0", "../o/train_0")),
+            "/train_000000.bin",
+        ),
+        (lambda o: write(o / "train_000000.bin", shard(GOOD)), "100 tokens"),
+        (lambda o: [p.unlink() for p in o.iterdir()], "training shard"),
+        (lambda o: [p.unlink() for p in o.iterdir() if p.name[0] in "mv"], "validation shard"),
+        (lambda o: ((o / "meta.json").unlink(), write(o / "tokens.part", "")), "not finished"),
+        (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir()), "missing"),
+        (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir(), write(o, "x")), "not a folder"),
+    ],
+)
 def test_damaged_folders_are_refused(damage, word):
     """A folder that is not what meta.json says is refused with one line that says what is wrong and what to run."""
     write("a.txt", f"\n{SEPARATOR}\n".join(stories(9)))
@@ -388,7 +480,11 @@ def test_damaged_folders_are_refused(damage, word):
 
 def test_foreign_shards_are_gpt2_tokens():
     """A folder of llm.c shards, without meta.json, is read as GPT-2 tokens; names decide about the split."""
-    for name, ids in (("fineweb_train_000001.bin", [1, 2]), ("fineweb_train_000002.bin", [3]), ("fineweb_val_000000.bin", [65535])):
+    for name, ids in (
+        ("fineweb_train_000001.bin", [1, 2]),
+        ("fineweb_train_000002.bin", [3]),
+        ("fineweb_val_000000.bin", [65535]),
+    ):
         write(f"f/{name}", shard(ids))
     data = load_data("f")
     assert (data.tokenizer, data.vocab_size, data.eot, data.meta) == ("gpt2", 50257, 50256, {})
@@ -426,16 +522,22 @@ def test_check_reads_every_byte(capsys):
     assert main(["--check", "o"]) == 0 and "all right" in capsys.readouterr().out
     path, data = Path("o/train_000000.bin"), Path("o/train_000000.bin").read_bytes()
     for at in (500, 1024, len(data) - 1):
-        write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         assert "has changed" in failure(capsys, "--check", "o")[1], f"a bit of byte {at} was flipped"
 
 
-@pytest.mark.parametrize("raised, code, words", [
-    (UserError("a\nb; c", code=2), 2, "x.py: error: a b; c\n"), (KeyboardInterrupt(), 130, "x.py: error: interrupted"),
-    (OSError(28, "No space left on device", "f"), 1, "x.py: error: f: No space left"), (None, 0, ""),
-])
+@pytest.mark.parametrize(
+    "raised, code, words",
+    [
+        (UserError("a\nb; c", code=2), 2, "x.py: error: a b; c\n"),
+        (KeyboardInterrupt(), 130, "x.py: error: interrupted"),
+        (OSError(28, "No space left on device", "f"), 1, "x.py: error: f: No space left"),
+        (None, 0, ""),
+    ],
+)
 def test_run_is_where_errors_are_printed(capsys, monkeypatch, raised, code, words):
     """`run` turns what main raises into an exit code and one line; a bug keeps its traceback."""
+
     def main(argv):
         if raised:
             raise raised
@@ -452,8 +554,14 @@ def test_ascii_terminals_and_closed_pipes(tmp_path):
     """A sample that stdout cannot encode is no reason to fail, and neither is a reader who has gone."""
     write("a.txt", "日本語 ü")
     script = f"{sys.executable} {ROOT / 'prepare_data.py'} a.txt --tokenizer bytes --out"
-    done = subprocess.run(f"{script} o; {script} o --overwrite | true", shell=True, capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"})
+    done = subprocess.run(
+        f"{script} o; {script} o --overwrite | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"},
+    )
     assert done.stderr == "" and "it begins '???" in done.stdout, (done.stdout, done.stderr)
 
 
@@ -491,7 +599,11 @@ def attempt(argv, kill_at=None, limit=None):
 
 def killer(body):
     """Run `body` in a process of its own, where attempt(argv, kill_at, limit) forks a preparation and kills it."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLER.format(root=str(ROOT), out="o/") + body], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLER.format(root=str(ROOT), out="o/") + body],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -505,7 +617,8 @@ def test_killed_at_any_file_event_and_run_again_gives_the_same(again, every):
     main(argv)
     Path("o").rename("right")
     main(["b.txt", "--out", "before", "--tokenizer", "bytes", "--shard-tokens", "3"])
-    print(killer(f"""
+    print(
+        killer(f"""
 import hashlib, pathlib, shutil
 def contents(folder):
     return {{path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}}
@@ -530,21 +643,28 @@ for kill_at in range({every}, 1000, {every}):
     assert contents("o") == right, (kill_at, sorted(contents("o")), sorted(right))
 assert killed >= 15 // {every}, killed
 print(killed, "kills")
-"""))
+""")
+    )
 
 
 @pytest.mark.slow
 def test_memory_is_bounded():
     """200 MB of text, in one line or in many documents, is prepared in less than 500 MB of memory."""
     words = " ".join(stories(2000)).replace("\n", " ")
-    for name, text in (("line.txt", words + " "), ("lines.txt", f"{words[:5000]}\n{SEPARATOR}\n"), ("word.txt", "x" * 10**6)):
+    for name, text in (("line.txt", words + " "), ("lines.txt", f"{words[:5000]}\n{SEPARATOR}\n")):
         with open(name, "w", encoding="utf-8") as file:
-            while file.tell() < 200e6:
+            for _ in range(int(200e6 / len(text.encode()))):
                 file.write(text)
-        script = "import resource, sys, prepare_data; prepare_data.main(sys.argv[1:]);" \
-                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-        done = subprocess.run([sys.executable, "-c", script, name, "--tokenizer", "bytes", "--out", name + ".out", "--workers", "4"],
-                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        script = (
+            "import resource, sys, prepare_data; prepare_data.main(sys.argv[1:]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, name, "--tokenizer", "bytes", "--out", name + ".out", "--workers", "4"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr
         megabytes = int(done.stdout.split()[-1])
         print(name, megabytes, "MB")
@@ -567,7 +687,10 @@ class Hub(BaseHTTPRequestHandler):
         data = server.files[name]
         if not self.path.startswith("/cdn/"):
             if habit != "no linked headers":
-                headers = {"X-Linked-Size": len(data) + 50 * (habit == "wrong length"), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+                headers = {
+                    "X-Linked-Size": len(data) + 50 * (habit == "wrong length"),
+                    "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+                }
             there = {"loop": self.path, "to file": "file:///etc/passwd", "to ftp": f"ftp://{self.headers['Host']}/x"}
             return self.answer(302, b"", Location=there.get(habit, "/cdn" + self.path), **headers)
         if habit == "500" or habit == "500 twice" and n <= 2:
@@ -589,9 +712,15 @@ class Hub(BaseHTTPRequestHandler):
             begin, status = int(wanted[1]), 206
             if begin >= len(data):
                 return self.answer(416, b"", **{"Content-Range": f"bytes */{len(data)}"})
-            headers["Content-Range"] = f"bytes {begin + 10 * (habit == 'wrong range' and n == 2)}-{len(data) - 1}/{len(data)}"
+            headers["Content-Range"] = (
+                f"bytes {begin + 10 * (habit == 'wrong range' and n == 2)}-{len(data) - 1}/{len(data)}"
+            )
         end = len(data)
-        if habit == "cut always" or habit in ("cut", "no range", "weak etag", "no etag", "changed", "wrong range") and n == 1:
+        if (
+            habit == "cut always"
+            or habit in ("cut", "no range", "weak etag", "no etag", "changed", "wrong range")
+            and n == 1
+        ):
             end = min(end, begin + server.cut)
         headers |= {"ETag": etag} if etag else {}
         server.sent += max(0, end - begin)
@@ -616,7 +745,14 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     """The server; .files, .habit and .cut decide what it does, .asked and .sent tell what it did."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.habit, server.cut, server.asked, server.sent, server.stop = {}, "", 1000, [], 0, threading.Event()
+    server.files, server.habit, server.cut, server.asked, server.sent, server.stop = (
+        {},
+        "",
+        1000,
+        [],
+        0,
+        threading.Event(),
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
@@ -653,7 +789,9 @@ def test_tinystories_from_the_hub(hub):
     assert 0 < len(tokens("o", "train")) <= 1800 and 0 < len(tokens("o", "val")) <= 200
 
 
-@pytest.mark.parametrize("habit", ["cut", "cut always", "no range", "weak etag", "no etag", "wrong range", "500 twice", "no linked headers"])
+@pytest.mark.parametrize(
+    "habit", ["cut", "cut always", "no range", "weak etag", "no etag", "wrong range", "500 twice", "no linked headers"]
+)
 def test_bad_connections_end_well(hub, habit):
     """Whatever cuts or confuses a download, the file ends up whole, and without waste where the server can resume."""
     serve_stories(hub, train=200)
@@ -665,15 +803,27 @@ def test_bad_connections_end_well(hub, habit):
     downloaded = sorted(path.read_bytes() for path in Path("o/downloads").iterdir())
     assert downloaded == sorted(hub.files.values()), [len(data) for data in downloaded]
     wasted = hub.sent - size
-    assert wasted == {"no range": 1000, "weak etag": 1000, "no etag": 1000}.get(habit, wasted if habit == "wrong range" else 0), \
-        f"{hub.sent} bytes sent for {size}"
+    assert wasted == {"no range": 1000, "weak etag": 1000, "no etag": 1000}.get(
+        habit, wasted if habit == "wrong range" else 0
+    ), f"{hub.sent} bytes sent for {size}"
 
 
-@pytest.mark.parametrize("habit, words", [
-    ("500", "HTTP 500"), ("hang", "timed out"), ("garbage", "/cdn/"), ("html", "web page"), ("wrong bytes", "sha256"),
-    ("wrong length", "run the same command"), ("loop", "circle"), ("to file", "file:///etc/passwd"), ("to ftp", "ftp://"),
-    ("changed", "sha256"), ("404", "edit TINYSTORIES"),
-])
+@pytest.mark.parametrize(
+    "habit, words",
+    [
+        ("500", "HTTP 500"),
+        ("hang", "timed out"),
+        ("garbage", "/cdn/"),
+        ("html", "web page"),
+        ("wrong bytes", "sha256"),
+        ("wrong length", "run the same command"),
+        ("loop", "circle"),
+        ("to file", "file:///etc/passwd"),
+        ("to ftp", "ftp://"),
+        ("changed", "sha256"),
+        ("404", "edit TINYSTORIES"),
+    ],
+)
 def test_bad_servers_are_one_line(hub, capsys, habit, words):
     """A server that cannot or will not give the right bytes is one line and exit 1; no final name is ever taken."""
     serve_stories(hub, train=200)
@@ -685,7 +835,9 @@ def test_bad_servers_are_one_line(hub, capsys, habit, words):
     left = sorted(path.name for path in Path("o").rglob("*") if path.is_file())
     assert all(name.endswith((".part", ".part.json")) and name != "tokens.part" for name in left), left
     tries = sum("/cdn/" in path for path, _ in hub.asked)
-    assert tries == {"404": 0, "loop": 0, "to file": 0, "to ftp": 0, "html": 1, "wrong bytes": 1, "changed": 2}.get(habit, tries)
+    assert tries == {"404": 0, "loop": 0, "to file": 0, "to ftp": 0, "html": 1, "wrong bytes": 1, "changed": 2}.get(
+        habit, tries
+    )
     assert tries <= 20, f"{tries} tries"
     if habit in ("500", "hang", "garbage", "html", "wrong bytes", "wrong length"):
         hub.habit = ""
@@ -698,7 +850,9 @@ def test_killed_download_goes_on_where_it_stopped(hub):
     name = next(name for name in hub.files if name.endswith("train.txt"))
     hub.files[name] = hub.files[name][:150_000]
     limits = (1000, 10_000, 65_536, 70_000, 140_000)
-    killer(f"for limit in {limits}: assert attempt(['tinystories', '--out', f'o{{limit}}', '--tokenizer', 'bytes'], limit=limit) == -25")
+    killer(
+        f"for limit in {limits}: assert attempt(['tinystories', '--out', f'o{{limit}}', '--tokenizer', 'bytes'], limit=limit) == -25"
+    )
     for limit in limits:
         (part,) = Path(f"o{limit}/downloads").glob("*.part")
         assert part.stat().st_size == limit
@@ -748,15 +902,28 @@ def test_openwebtext_from_the_hub(hub):
     assert all_tokens("o") == as_ids(*(f"{s}{i}{j}\n\nzwei ü" for s in range(2) for i in range(2) for j in range(3)))
     assert len([path for path, _ in hub.asked if "/cdn/" in path]) == 2
     asked = len(hub.asked)
-    assert main([*OWT, "--max-tokens", "30", "--overwrite"]) == 0 and len(hub.asked) == asked, "no third subset was needed"
+    assert main([*OWT, "--max-tokens", "30", "--overwrite"]) == 0 and len(hub.asked) == asked, (
+        "no third subset was needed"
+    )
 
 
 def test_hostile_members_are_passed_over(hub):
     """Links, devices, pipes and folders are not read, names are not paths: nothing appears outside, texts are kept."""
-    odd = [member("l.txt", kind=tarfile.SYMTYPE, link="/etc/passwd"), member("h.txt", kind=tarfile.LNKTYPE, link="../x"),
-           member("d.txt", kind=tarfile.CHRTYPE), member("f.txt", kind=tarfile.FIFOTYPE), member("dir.txt", kind=tarfile.DIRTYPE),
-           member("note.md", b"no text"), member("x.txt", b"27 mtime=1350244992.023960\n", kind=b"x")]
-    good = [member("../../evil.txt", b"one"), member("/tmp/evil.txt", b"two"), member("a.txt", b"three"), member("a.txt", b"four")]
+    odd = [
+        member("l.txt", kind=tarfile.SYMTYPE, link="/etc/passwd"),
+        member("h.txt", kind=tarfile.LNKTYPE, link="../x"),
+        member("d.txt", kind=tarfile.CHRTYPE),
+        member("f.txt", kind=tarfile.FIFOTYPE),
+        member("dir.txt", kind=tarfile.DIRTYPE),
+        member("note.md", b"no text"),
+        member("x.txt", b"27 mtime=1350244992.023960\n", kind=b"x"),
+    ]
+    good = [
+        member("../../evil.txt", b"one"),
+        member("/tmp/evil.txt", b"two"),
+        member("a.txt", b"three"),
+        member("a.txt", b"four"),
+    ]
     inner = lzma.compress(tar(*odd, *good, *odd)) + lzma.compress(b"") + bytes(8)
     serve_subset(hub, tar(*odd, member("../x.xz", inner), member("y.xz", kind=tarfile.SYMTYPE, link="/etc/passwd")))
     before = sorted(Path().iterdir())
@@ -768,16 +935,28 @@ def test_hostile_members_are_passed_over(hub):
 TEXT = member("a.txt", b"some text")
 
 
-@pytest.mark.parametrize("archive, words", [
-    (lambda: b"this is no tar" * 100, "damaged"), (lambda: tar(), "no documents"), (lambda: tar(member("a.xz", b"not xz")), "no whole .xz"),
-    (lambda: tar(member("a.xz", lzma.compress(tar(TEXT))[:-9])), "cut short"), (lambda: tar(member("a.xz", lzma.compress(tar(TEXT))))[:520], "cut"),
-    (lambda: tar(member("a.xz", lzma.compress(tar(TEXT)[:515]))), "cut"), (lambda: tar(member("a.xz", size=10**10)), "more than"),
-    (lambda: tar(member("a.xz", lzma.compress(tar(member("a.txt", size=10**11))))), "more than"),
-    (lambda: tar(member("a.xz", lzma.compress(bytes(1000) + tar(TEXT)))), "no documents"),
-    (lambda: tar(member("a.xz", lzma.compress(tar(member("a.txt", bytes(20 << 20)))))), "unpacked"),
-    (lambda: tar(TEXT[:124] + b"-0000000001\0" + TEXT[136:]), "damaged"),
-    (lambda: tar(member("a.xz", lzma.compress(b"x" * 999, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 27}]))), "no whole .xz"),
-])
+@pytest.mark.parametrize(
+    "archive, words",
+    [
+        (lambda: b"this is no tar" * 100, "damaged"),
+        (lambda: tar(), "no documents"),
+        (lambda: tar(member("a.xz", b"not xz")), "no whole .xz"),
+        (lambda: tar(member("a.xz", lzma.compress(tar(TEXT))[:-9])), "cut short"),
+        (lambda: tar(member("a.xz", lzma.compress(tar(TEXT))))[:520], "cut"),
+        (lambda: tar(member("a.xz", lzma.compress(tar(TEXT)[:515]))), "cut"),
+        (lambda: tar(member("a.xz", size=10**10)), "more than"),
+        (lambda: tar(member("a.xz", lzma.compress(tar(member("a.txt", size=10**11))))), "more than"),
+        (lambda: tar(member("a.xz", lzma.compress(bytes(1000) + tar(TEXT)))), "no documents"),
+        (lambda: tar(member("a.xz", lzma.compress(tar(member("a.txt", bytes(20 << 20)))))), "unpacked"),
+        (lambda: tar(TEXT[:124] + b"-0000000001\0" + TEXT[136:]), "damaged"),
+        (
+            lambda: tar(
+                member("a.xz", lzma.compress(b"x" * 999, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 27}]))
+            ),
+            "no whole .xz",
+        ),
+    ],
+)
 def test_bad_archives_are_one_line(hub, capsys, monkeypatch, archive, words):
     """Cut, damaged, swollen and lying archives are one line and exit 1, and memory stays where it was told to."""
     monkeypatch.setattr(prepare_data, "CAP", 1 << 24)

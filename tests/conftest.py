@@ -1,0 +1,23 @@
+"""A few kB of text as token shards, made once, for the tests of the trainer."""
+
+import contextlib
+import io
+import random
+from pathlib import Path
+
+import pytest
+
+import prepare_data
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The folder of a tiny data set: 400 documents of a few words, as bytes, in three training shards and one other."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = "the a fox owl bear sings runs sleeps and then under over moon tree river red blue".split()
+    documents = [" ".join(draw.choices(words, k=draw.randint(2, 12))) + "." for _ in range(400)]
+    Path(folder, "text.txt").write_text(f"\n{prepare_data.SEPARATOR}\n".join(documents), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_data.main([str(folder / "text.txt"), "--out", str(folder / "shards"), "--tokenizer", "bytes",
+                           "--shard-tokens", "6000", "--workers", "1"])
+    return str(folder / "shards")
