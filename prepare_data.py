@@ -177,7 +177,8 @@ def check(folder):
         largest = max(int(block.int().max()) for block in read_shard(path).split(BLOCK))
         if largest >= data.vocab_size:
             raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; make it again")
-    print(f"{folder}: all right, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens in {len(paths)} shards")
+    n = sum(map(len, data.train + data.val))
+    print(f"{folder}: all right, {n:,} {data.tokenizer} tokens in {len(paths)} shards")
 
 
 def sha256_of(path):
@@ -641,7 +642,7 @@ def tokenise(args, source, files, encoding, file):
         val_limit = limit and max(1, limit // 10)
         paths = [download(TINYSTORIES.format(split), downloads, "TINYSTORIES") for split in ("train", "valid")]
         ends, val_ends = (write(text_jobs([path], "replace"), limit=n, total=path.stat().st_size)
-                          for path, n in zip(paths, (limit and limit - val_limit, val_limit)))
+                          for path, n in zip(paths, (limit and limit - val_limit, val_limit), strict=True))
         split = ends[-1]
         return ends + array("Q", (split + end for end in val_ends)), split, {}
     if source == "demo":

@@ -267,7 +267,7 @@ LOG_COLUMNS = ("step tokens ce val_ce balance z erc epsilon violated coupling ag
 def open_log(path, last_step):
     """log.csv, to append to; without what a kill cut short, and without lines that a resumed run will write anew."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    lines = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) in range(last_step + 1)]
     temporary = path.with_name("log.csv.tmp")
     temporary.write_text(",".join(LOG_COLUMNS) + "\n" + "".join(lines), encoding="utf-8")
     os.replace(temporary, path)
@@ -289,7 +289,7 @@ def claim(out, resume, overwrite):
     except OSError as error:
         raise UserError(f"another run is writing to {out}; wait for it, or choose another --out") from error
     old = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt", out / "log.csv") if path.exists()]
-    if old and not resume and not overwrite:
+    if any(path.suffix == ".pt" for path in old) and not resume and not overwrite:
         raise UserError(f"{out} already holds a run; go on: python train.py --out {out} --resume; try it: python"
                         f' train.py --out {out} --sample "Once"; or start anew: add --overwrite', code=2)
     for path in [] if resume else old:
@@ -647,6 +647,8 @@ def main(argv=None):
         result = train(config, moe, resume=state, overwrite=options.overwrite)
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory; lower --batch-size, and raise --accumulate to make up for it") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if result["signal"]:
         print(f"stopped and saved; go on with: python train.py --out {config.out} --resume")
         return 128 + result["signal"]

@@ -1,0 +1,180 @@
+"""The embedded corpus knows its own entropy: its probabilities, its difficulty and its answers are checked here.
+
+`derivations` is a second reading of the grammar: it walks a given text instead of drawing one, tries every alternative
+in every slot, multiplies exact fractions and leaves sums to Python. It shares nothing with prepare_data but the table.
+"""
+
+import doctest
+import hashlib
+import math
+import re
+from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+
+from prepare_data import GRAMMAR, KINDS, demo_documents
+
+HELD_OUT = 320  # the last documents of the stream, about 60 kB
+PINNED = "16643ad25d90581cda8bef15c243289d53f490070234ef2d1d8cbc41c0f5ad8c"  # sha256 of kind:text, joined by zero bytes
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(demo_documents())
+
+
+def floor(documents):
+    """Nats per byte token, the end of every text counted as one token."""
+    return -sum(log_prob for _, _, log_prob in documents) / sum(len(text) + 1 for _, text, _ in documents)
+
+
+def derivations(template, text, start, memory, used):
+    """Yield (end, probability, memory, used) for every way in which the template can say text[start:end]."""
+    literal, slot, rest = re.fullmatch(r"([^{]*)(?:{(.+?)}(.*))?", template, re.DOTALL).groups()
+    if not text.startswith(literal, start):
+        return
+    start += len(literal)
+    if slot is None:
+        yield start, Fraction(1), memory, used
+        return
+    variable, source = re.fullmatch(r"(?:(\w+)=)?(.+)", slot).groups()
+    for end, p, inner_memory, inner_used in fillings(source, text, start, memory, used):
+        inner_memory = {**inner_memory, variable: text[start:end]}
+        for final, q, final_memory, final_used in derivations(rest, text, end, inner_memory, inner_used):
+            yield final, p * q, final_memory, final_used
+
+
+def fillings(source, text, start, memory, used):
+    """Like derivations, for the inside of one slot: a rule, a range of numbers, or something said again."""
+    numbers = {name: int(word) for name, word in memory.items() if word.isdigit()}
+    if source in GRAMMAR:
+        options = [option for option in GRAMMAR[source] if option not in used]
+        for option in options:
+            for end, p, inner_memory, inner_used in derivations(option, text, start, memory, used | {option}):
+                yield end, p / len(options), inner_memory, inner_used
+    elif ".." in source:
+        low, high = (eval(bound, {}, numbers) for bound in source.split(".."))
+        for number in range(low, high + 1):
+            if text.startswith(str(number), start):
+                yield start + len(str(number)), Fraction(1, high + 1 - low), memory, used
+    else:
+        word = memory[source] if source in memory else str(eval(source, {}, numbers))
+        if text.startswith(word, start):
+            yield start + len(word), Fraction(1), memory, used
+
+
+def test_same_bytes_on_every_machine(documents):
+    """Seed 0 gives these 22,000 documents, byte for byte, on every machine and Python version."""
+    digest = hashlib.sha256("\0".join(f"{kind}:{text}" for kind, text, _ in documents).encode("ascii")).hexdigest()
+    assert digest == PINNED, f"the corpus, and every floor published with it, changed: {digest}"
+
+
+def test_every_text_has_one_derivation_and_log_prob_is_its_probability(documents):
+    """Walking the grammar along a text finds one derivation, no earlier end, and the generator's log_prob."""
+    for kind, text, log_prob in documents[:600]:
+        found = [(kind, end, p) for kind in KINDS for end, p, _, _ in derivations(GRAMMAR[kind][0], text, 0, {}, set())]
+        assert [(k, end) for k, end, _ in found] == [(kind, len(text))], f"{len(found)} derivations: {found}\n{text}"
+        p = found[0][2] / len(KINDS)
+        replayed = math.log(p.numerator) - math.log(p.denominator)
+        assert math.isclose(log_prob, replayed, abs_tol=1e-9), f"{log_prob} drawn, {replayed} replayed:\n{text}"
+
+
+def test_no_alternative_begins_another():
+    """Rules and drawn numbers are prefix codes: no text can have two derivations or continue another one."""
+    for rule, alternatives in GRAMMAR.items():
+        beginnings = sorted(alternative.split("{")[0] for alternative in alternatives)
+        for one, other in pairwise(beginnings):
+            assert not other.startswith(one), f"{rule}: {other!r} begins with {one!r}"
+    bounds = set(re.findall(r"=(\w[^}]*\.\.[^}]*)}", " ".join(map("|".join, GRAMMAR.values()))))
+    assert bounds == {"1..9", "2..9", "3..9", "1..8", "1..M-1", "1..M-2", "M+1..9"}, f"is each one digit? {bounds}"
+    beginnings = sorted(GRAMMAR[kind][0].split("{")[0] for kind in KINDS)
+    assert not any(other.startswith(one) for one, other in pairwise(beginnings)), f"kinds begin alike: {beginnings}"
+
+
+def test_no_document_is_the_beginning_of_another(documents):
+    """No text is a prefix of another one (or the same), so that predicting the end of a text costs nothing."""
+    texts = sorted(text for _, text, _ in documents)
+    alike = [(one, other) for one, other in pairwise(texts) if other.startswith(one)]
+    assert not alike, f"{len(alike)} of {len(texts)} texts begin another one: {alike[:1]}"
+
+
+def test_words_come_as_often_as_their_probability_says(documents):
+    """Counts of the first free word agree with equal chances: the generator draws from the grammar that it scores."""
+    counts = Counter(text.split()[1] for kind, text, _ in documents if kind == "story")
+    expected = sum(counts.values()) / len(GRAMMAR["weather"])
+    chi2 = sum((counts[word] - expected) ** 2 / expected for word in GRAMMAR["weather"])
+    assert chi2 < 35, f"chi-square {chi2:.1f} with 11 degrees of freedom (above 35: p < 0.0003): {counts}"
+
+
+def test_documents_fit_the_context(documents):
+    """End-of-text and a document fit 256 tokens, in printable ASCII without stray white space."""
+    longest = max((text for _, text, _ in documents), key=len)
+    assert len(longest) < 250, f"{len(longest)} bytes:\n{longest}"
+    strange = [text for _, text, _ in documents if not re.fullmatch(r"[ -~\n]+", text) or text != text.strip()]
+    assert not strange, f"{len(strange)} documents, the first is {strange[0]!r}"
+
+
+def test_kinds_are_balanced(documents):
+    """About 4 MB of text, a quarter of the documents of each kind, none below a fifth of the bytes."""
+    size = sum(len(text) for _, text, _ in documents)
+    assert 3.9e6 < size < 4.3e6, f"{size:,} bytes"
+    for kind in KINDS:
+        texts = [text for k, text, _ in documents if k == kind]
+        count, share = len(texts) / len(documents), sum(map(len, texts)) / size
+        assert abs(count - 1 / 4) < 0.01 and share >= 0.2, f"{kind}: {count:.1%} of the texts, {share:.1%} of the bytes"
+
+
+def test_no_held_out_document_occurs_in_training(documents):
+    """The last documents of the stream are new: remembering the training text does not help on them."""
+    seen = {text for _, text, _ in documents[:-HELD_OUT]}
+    repeated = [text for _, text, _ in documents[-HELD_OUT:] if text in seen]
+    assert not repeated, f"{len(repeated)} of {HELD_OUT} held-out documents occur in training: {repeated[:1]}"
+
+
+def test_floor_is_the_same_for_both_splits(documents):
+    """The floor lies between 0.20 and 0.25 nats per token, and the held-out documents are no easier than the rest."""
+    train, held_out = floor(documents[:-HELD_OUT]), floor(documents[-HELD_OUT:])
+    assert 0.20 < train < 0.25 and 0.20 < held_out < 0.25, f"{train:.4f} in training, {held_out:.4f} held out"
+    assert abs(held_out / train - 1) < 0.02, f"{train:.4f} in training, {held_out:.4f} held out"
+
+
+def test_entropy_is_in_the_content(documents):
+    """Less than a sixth of the entropy is in the form (which kind, sums, statements); the rest is content."""
+    form = 0.0
+    for kind, _, _ in documents:
+        form += math.log(len(KINDS)) + math.log(math.perm(8, {"sums": 4, "program": 5}.get(kind, 0)))
+    share = form / -sum(log_prob for _, _, log_prob in documents)
+    assert share < 1 / 6, f"{share:.1%} of the entropy is form"
+
+
+def test_five_grams_stay_far_above_the_floor(documents):
+    """An add-one 5-gram model (4 bytes of context, 257 symbols) of the training text needs 1.5 times the floor."""
+    stream = "\0".join(text for _, text, _ in documents) + "\0"
+    begin = len(stream) - sum(len(text) + 1 for _, text, _ in documents[-HELD_OUT:])
+    five = Counter(stream[i - 4:i + 1] for i in range(4, begin))
+    four = Counter()
+    for gram, count in five.items():
+        four[gram[:4]] += count
+    held_out = range(begin, len(stream))
+    nats = sum(math.log((four[stream[i - 4:i]] + 257) / (five[stream[i - 4:i + 1]] + 1)) for i in held_out)
+    ratio = nats / len(held_out) / floor(documents[-HELD_OUT:])
+    assert ratio > 1.5, f"the 5-gram model reaches {ratio:.2f} times the floor"
+
+
+def test_sums_are_right(documents):
+    """Every sum has its right answer, at least two things of it."""
+    for text in (text for kind, text, _ in documents if kind == "sums"):
+        sums = re.findall(r" (\d) ([+-]) (\d) = (\d+) ", text)
+        assert len(sums) == 4, f"{len(sums)} sums instead of 4:\n{text}"
+        for a, sign, b, answer in sums:
+            assert int(answer) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 2, f"{a} {sign} {b}:\n{text}"
+
+
+def test_programs_print_what_they_say(documents):
+    """Python itself, running a hundred of the sessions, answers as written."""
+    for text in [text for kind, text, _ in documents if kind == "program"][:100]:
+        report, session = [], doctest.DocTestParser().get_doctest(text + "\n", {}, "session", None, 0)
+        result = doctest.DocTestRunner(verbose=False).run(session, out=report.append)
+        assert result.attempted >= 5 and result.failed == 0, f"{result}\n{text}\n{''.join(report)}"
