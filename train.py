@@ -151,8 +151,8 @@ def validation_batches(data, T, batch_size):
     spans = [(first, end) for _, first, end in data.meta.get("val_documents", [])]
     count = min(VAL_WINDOWS, (len(tokens) - 1) // T)
     if count == 0 or all(len(shard) <= T for shard in data.train):
-        raise UserError(f"a window is {T + 1} tokens; the validation split has {len(tokens)}, the largest training shard"
-                        f" {max(map(len, data.train))}: lower --context-length, or add text")
+        raise UserError(f"a window is {T + 1} tokens; the validation split has {len(tokens)}, the largest training"
+                        f" shard {max(map(len, data.train))}: lower --context-length, or add text")
     if spans and max(end - first for first, end in spans) <= T:
         eot = torch.tensor([data.eot])
         rows = sorted((torch.cat((eot, tokens[first:end])) for first, end in spans), key=len)  # for little padding
@@ -420,20 +420,20 @@ class Run:
         return total
 
     def update(self, step, norm, ce):
-        """Takes the step, unless the gradient is not finite: then the weights stay as they are, for good.
+        """Takes the step, unless the gradient is not finite: then the weights stay as they are.
 
-        The fused optimizer looks at found_inf on the device, so that no step has to wait for the answer; check_finite
-        asks for it, later. A float16 scaler sets found_inf itself: trying out scales, it skips a step now and then.
+        The fused optimizer reads found_inf on the device, so that no step has to wait for the answer; check_finite asks
+        for it later, until when nothing moves. But a float16 scaler, in search of a scale, skips a step now and then.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        bad, scaling = ~torch.isfinite(norm + ce), self.scaler.is_enabled()
+        bad = ~torch.isfinite(norm + ce)
+        scaling = self.scaler.is_enabled()
         self.skipped = (self.skipped + bad) * bad if scaling else self.skipped + (bad | (self.skipped > 0))
-        if not scaling:
-            self.optimizer.found_inf = (self.skipped > 0).float()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.found_inf = (self.skipped > 0).float()
+        self.optimizer.step()  # not scaler.step, which would not know of what came after unscale_
         self.optimizer.zero_grad()
+        self.scaler.update()
         self.step = step
 
     def anywhere(self, caught):
