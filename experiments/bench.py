@@ -1,8 +1,8 @@
 """How fast is it? One command, one process, on whatever machine it finds: a GPU if there is one, else the CPU.
 
-    python experiments/bench.py                    # all sections, about ten minutes on two quiet CPU cores
-    python experiments/bench.py --only erc         # measures one section again
-    python experiments/bench.py --table            # prints the tables from the result files
+    python experiments/bench.py               # all sections, 10 to 15 minutes on two quiet CPU cores
+    python experiments/bench.py --only erc    # measures one section again
+    python experiments/bench.py --table       # prints the tables from the result files
 
 Everything that is compared runs in interleaved rounds: each round runs each contender once, one after the other, on the
 same batch, and a ratio is the median of the ratios within rounds (in brackets: the quartiles). So a machine that slows
@@ -19,7 +19,6 @@ down for a while slows everyone down alike. The raw times, in order, are in resu
 
 import copy
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -36,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as it 
 
 import torch
 import torch.nn.functional as F
+from olmoe import LAYER_NAMES
 
 import prepare_data
 import train
 from erc_moe import MoE, MoEConfig, MoEStats, MoETransformer, balance_loss, erc_loss, z_loss
-from olmoe import LAYER_NAMES
 from train import Run, TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +48,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured on this machine, at which sizes."""
+    """What is measured on this machine, at which sizes; the defaults are those for a CPU."""
 
     device: torch.device
     rounds: int                # that count; before them, `warmup` more
@@ -363,14 +362,14 @@ def show_step(result):
         if name.startswith("matmul"):
             size, dtype = name.removeprefix("matmul ").split(", ")
             peak[dtype] = max(peak.get(dtype, 0), 2 * int(size) ** 3 / min(times[name]))
-    rows = [("", "ms per step", "tokens/s", "share of the matmul peak", "time / time of ours, same type")]
+    rows = [("", "ms per step", "tokens/s", "share of the matmul peak", "time / ours, same type")]
     for name in result["ce"]:
         kind, dtype, *compiled = name.split(", ")
         seconds = statistics.median(times[name])
         share = tokens * result["flops_per_token"] / seconds / peak[dtype] if dtype in peak else None
         rows.append((name, spread([1000 * t for t in times[name]], "{:.0f}"), f"{tokens / seconds:,.0f}",
                      f"{share:.0%}" if share else "", ratio(times, name, ", ".join(["ours", dtype, *compiled]))))
-    lines = [table(*rows), "", *result["skipped"],
+    lines = [table(*rows), "", *result["skipped"], "In the last column, above 1 means that ours is faster.",
              f"{result['flops_per_token'] / 1e6:.1f} MFLOP per token: 6 for each active parameter but the embedding's,"
              " and 6 T d per layer for causal attention (dense: the same, less the router).",
              "Peak, the best square product of any round: "
@@ -381,7 +380,7 @@ def show_step(result):
 
 
 def show_erc(result):
-    times, tokens, percent = result["seconds"], result["tokens"], "{:+.1%}"
+    times, tokens, K, percent = result["seconds"], result["tokens"], result["top_k"], "{:+.1%}"
     steps = [("tokens per step", "ms per step, ERC off", "time added by ERC", "predicted by FLOPs of the step")]
     for a in result["accumulate"]:
         on, off = (f"accumulate {a}, {state}" for state in ("on", "off"))
@@ -390,14 +389,14 @@ def show_erc(result):
     losses = [("n", f"layer, {tokens} tokens, ms", "ERC loss, ms", "loss / layer", "n^2 / (3 K T)")]
     for n in result["experts"]:
         losses.append((n, *(spread([1000 * t for t in times[f"{part} {n}"]], "{:.1f}") for part in ("layer", "loss")),
-                       ratio(times, f"loss {n}", f"layer {n}", "{:.1%}"), f"{n**2 / (3 * result['top_k'] * tokens):.1%}"))
-    return f"{table(*steps)}\n\nOne MoE layer, forward and backward, K={result['top_k']}:\n\n{table(*losses)}"
+                       ratio(times, f"loss {n}", f"layer {n}", "{:.1%}"), f"{n**2 / (3 * K * tokens):.1%}"))
+    return f"{table(*steps)}\n\nOne MoE layer, forward and backward, K={K}:\n\n{table(*losses)}"
 
 
 def show_scaling(result):
     times, experts, tables = result["seconds"], result["experts"], []
     for tokens in result["tokens"]:
-        rows = [("experts", "rows per expert", "us per token", f"time / that of {experts[0]} experts", "FLOPs, likewise")]
+        rows = [("experts", "rows per expert", "us per token", f"time / time of {experts[0]} experts", "FLOPs / FLOPs")]
         for n in experts:
             name, first = (f"{m} experts, {tokens} tokens" for m in (n, experts[0]))
             flops = [result["flops_per_token"][str(m)] for m in (n, experts[0])]
@@ -435,13 +434,6 @@ def show(name, result):
     return f"## {name}\n\n{about}\n\n{SECTIONS[name][1](result)}\n"
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def about(setup, argv):
     """(name of this machine in file names, facts that stand in every section)."""
     gpu = setup.device.type == "cuda"
@@ -449,21 +441,23 @@ def about(setup, argv):
     model = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
     return re.sub(r"\W+", "-", name.lower()).strip("-"), dict(
         device=name if gpu else f"{name}, {model}", threads=torch.get_num_threads(), torch=torch.__version__,
-        transformers=version("transformers"), python=platform.python_version(), date=str(date.today()), seed=SEED,
+        transformers=getattr(sys.modules.get("transformers"), "__version__", "not used"),
+        python=platform.python_version(), date=str(date.today()), seed=SEED,
         rounds=setup.rounds, command=" ".join(["python experiments/bench.py", *argv]))
 
 
 def main(argv):
     parser = prepare_data.Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="sizes that say nothing but run in seconds: a test")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see it run; writes to out/bench-quick")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default: 15)")
     parser.add_argument("--only", choices=SECTIONS, help="measure this section; keep the others in the result file")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of all result files")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the tables of the result files")
     options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
+    folder = Path("out", "bench-quick") if options.quick else RESULTS
     if options.table:
-        for path in sorted(RESULTS.glob("bench-*.json")):
+        for path in sorted(folder.glob("bench-*.json")):
             for name, result in json.loads(path.read_text(encoding="utf-8")).items():
                 print(show(name, result))
         return 0
@@ -471,13 +465,12 @@ def main(argv):
         print("No GPU here: speed on a GPU, float16 and memory of the presets are not measured.\n")
     with tempfile.TemporaryDirectory() as scratch:
         setup = setup_for(options.quick, options.rounds, scratch)
-        machine, facts = about(setup, argv)
-        path = RESULTS / f"bench-{machine}{'-quick' if options.quick else ''}.json"
+        path = folder / f"bench-{about(setup, argv)[0]}.json"
         results = json.loads(path.read_text(encoding="utf-8")) if options.only and path.exists() else {}
         for name in [options.only] if options.only else SECTIONS:
-            measured = facts | SECTIONS[name][0](setup)
-            results[name] = json.loads(json.dumps(measured))  # as read from the file
-            RESULTS.mkdir(parents=True, exist_ok=True)
+            measured = SECTIONS[name][0](setup)
+            results[name] = json.loads(json.dumps(about(setup, argv)[1] | measured))  # as read from the file
+            folder.mkdir(parents=True, exist_ok=True)
             prepare_data.write_whole(path, [json.dumps(results).encode()])
             print(show(name, results[name]), flush=True)
     return 0

@@ -292,7 +292,7 @@ def test_failed_overwrite_keeps_the_old_data(capsys):
 
 
 def test_demo_knows_its_floor():
-    """The demo needs less than 10 s of one core; floor and val_documents describe the held-out documents in its val shard."""
+    """The demo needs less than 10 s of one core; floor and val_documents describe the documents of its val shard."""
     began = time.process_time()
     assert main(["demo", "--out", "d"]) == 0
     seconds, data = time.process_time() - began, load_data("d")
@@ -776,7 +776,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prepare_data, "BACKOFF", 0)
-    monkeypatch.setattr(prepare_data, "TIMEOUT", 0.3)
     yield server
     server.stop.set()
     server.shutdown()
@@ -853,9 +852,10 @@ def test_bad_connections_end_well(hub, habit):
         ("404", "edit TINYSTORIES"),
     ],
 )
-def test_bad_servers_are_one_line(hub, capsys, habit, words):
+def test_bad_servers_are_one_line(hub, capsys, monkeypatch, habit, words):
     """A server that cannot or will not give the right bytes is one line and exit 1; no final name is ever taken."""
     serve_stories(hub, train=200)
+    monkeypatch.setattr(prepare_data, "TIMEOUT", 0.3 if habit == "hang" else 10)
     hub.habit = habit
     if habit == "404":
         hub.files.clear()
@@ -869,7 +869,7 @@ def test_bad_servers_are_one_line(hub, capsys, habit, words):
     )
     assert tries <= 20, f"{tries} tries"
     if habit in ("500", "hang", "garbage", "html", "wrong bytes", "wrong length"):
-        hub.habit = ""
+        hub.habit, prepare_data.TIMEOUT = "", 10
         assert main(TINY) == 0, "the next run must do"
 
 

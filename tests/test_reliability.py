@@ -113,13 +113,14 @@ def child(argv, kill_at=None, limit=None, full=False, kill_in_step=None, kill_in
     """train.py as a process of its own, never to return. kill_at: SIGKILL at that file event under the run folder.
     limit: no file grows beyond it; writing on kills, or fails where `full`. The rest are moments of a step.
     """
-    signal.alarm(120)
+    signal.alarm(250)  # no child outlives its test
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if closed:
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)
     sys.argv = ["train.py", *argv]
     out = next(a.partition("=")[2] for a in argv if a.startswith("--out="))
     events = 0
