@@ -223,7 +223,10 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (copies,) = ctx.saved_tensors
-        return grad[copies].view(ctx.rows, -1, grad.size(-1)).sum(dim=1), None, None
+        grad = grad[copies]
+        if len(copies) > ctx.rows:  # else each row was taken once, and there is nothing to add up
+            grad = grad.view(ctx.rows, -1, grad.size(-1)).sum(dim=1)
+        return grad, None, None
 
 
 class MoEStats(NamedTuple):
