@@ -67,7 +67,7 @@ class TrainConfig:
     balance_weight: float = setting(0.01, "of the load-balancing loss")
     z_weight: float = setting(0.001, "of the router z-loss")
     erc_weight: float = setting(1.0, "of the ERC loss; 0: a plain MoE")
-    erc_alpha: float = setting(1.0, "how strict the ERC loss is: 0 most, 1 as in the paper, 3 hardly")
+    erc_alpha: float = setting(1.0, "how strict the ERC loss is: 0 most, 3 hardly; best in the paper: 1 (n=64), 0.5 (n=256)")
     erc_noise: str = setting("sample", "noise in the ERC loss: sample (the paper's), none or expected")
     sample_tokens: int = setting(300, "longest continuation")
     temperature: float = setting(0.8, "of samples; 0: the likeliest token")
@@ -310,6 +310,8 @@ def pick_device(name):
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu", code=2) from error
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)  # else pinned memory and NCCL of every process would use the first GPU
     return torch.device(name)
 
 
@@ -422,8 +424,9 @@ class Run:
     def update(self, step, norm, ce):
         """Takes the step, unless the gradient is not finite: then the weights stay as they are.
 
-        The fused optimizer reads found_inf on the device, so that no step has to wait for the answer; check_finite asks
-        for it later, until when nothing moves. But a float16 scaler, in search of a scale, skips a step now and then.
+        On CUDA the fused optimizer reads found_inf on the device, so that no step has to wait for the answer;
+        check_finite asks for it later, until when nothing moves. (A float16 scaler in search of a scale skips a step
+        now and then.)
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
@@ -431,7 +434,8 @@ class Run:
         scaling = self.scaler.is_enabled()
         self.skipped = (self.skipped + bad) * bad if scaling else self.skipped + (bad | (self.skipped > 0))
         self.optimizer.found_inf = (self.skipped > 0).float()
-        self.optimizer.step()  # not scaler.step, which would not know of what came after unscale_
+        if self.device.type != "mps" or not self.skipped:  # Metal's fused step takes found_inf and ignores it
+            self.optimizer.step()  # not scaler.step, which would not know of what came after unscale_
         self.optimizer.zero_grad()
         self.scaler.update()
         self.step = step
@@ -442,7 +446,7 @@ class Run:
             return max(caught, default=0)
         flag = torch.tensor(max(caught, default=0), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag)
+        return int(flag)  # the one thing that several GPUs wait for in every step
 
     def check_finite(self):
         """UserError, naming the step, once an update was prevented (with a float16 scaler: 20 in a row)."""
@@ -454,18 +458,18 @@ class Run:
 @contextlib.contextmanager
 def signals_caught():
     """A list in which the first Ctrl-C or SIGTERM waits until a step is done; a second one ends the program at once."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    caught = []
 
     def catch(number, frame):
         caught.append(number)
-        for number in numbers:
+        for number in before:
             signal.signal(number, signal.SIG_DFL)
 
-    before = [signal.signal(number, catch) for number in numbers]
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -508,12 +512,14 @@ def train(config, moe=None, model=None, extra_loss=None, resume=None, overwrite=
         run.restore(resume)
     is_main = run.rank == 0  # the one process that writes
     step_tokens = config.batch_size * config.accumulate * run.processes * run.context
-    with (claim(out, resume, overwrite) if is_main else open(os.devnull), signals_caught() as signals,
+    with (contextlib.ExitStack() as stack, signals_caught() as signals,
           tqdm(total=config.steps, initial=run.step, unit="step", disable=None if is_main else True) as bar):
         if is_main:
+            stack.enter_context(claim(out, resume, overwrite))
             print(describe(run), flush=True)
             (out / "config.json").write_text(json.dumps(run.state()["config"], indent=1) + "\n", encoding="utf-8")
-            log = csv.DictWriter(open_log(out / "log.csv", run.step), LOG_COLUMNS, lineterminator="\n")
+            log_file = stack.enter_context(open_log(out / "log.csv", run.step))
+            log = csv.DictWriter(log_file, LOG_COLUMNS, lineterminator="\n")
             if not resume:
                 save_checkpoint(out, run.state())  # a full disk shows now, and not in an hour
         timed_from, clock = run.step, time.perf_counter()
@@ -536,7 +542,7 @@ def train(config, moe=None, model=None, extra_loss=None, resume=None, overwrite=
             bar.update()
             caught = run.anywhere(signals)
             saves = last or caught or (config.save_every and step % config.save_every == 0)
-            if logs or saves or run.device.type == "cpu":  # a GPU would have to wait for the answer
+            if logs or saves or run.device.type != "cuda":  # which would have to wait for the answer
                 run.check_finite()
             if logs:
                 row.update(lr=learning_rate(config, step),
@@ -596,9 +602,10 @@ def report(config, result):
     for title, model in dict(before=MoETransformer(after.config), after=after).items():
         moe, numbers = model.moe_layers()[-1], coupling(model, config.erc_alpha)
         print(f"{title} training: violated {numbers['violated']:.1%}, coupling {numbers['coupling']:.2f}; M of the last"
-              " layer (a row for each proxy, a column for each expert, @ the largest of its row):")
+              " layer (a row for each proxy, a column for each expert, @ within a tenth of the largest of its row):")
         print(erc_moe.heat_map(erc_moe.activation_norms(moe.R, moe.W_g).detach()))
-    print(f"\na sample:\n{sample(state, '', config, torch.device('cpu'))}\n\nmore:       {again} --sample \"...\"\n"
+    print(f"\na sample:\n{sample(state, '', config, pick_device(config.device))}\n")
+    print(f"more:       {again} --sample \"...\"\n"
           f"train on:   {again} --resume --steps {2 * config.steps}\nplain MoE:  {again}-plain --erc-weight 0")
 
 

@@ -60,7 +60,7 @@ def table():
     lines = ["| variant, seed | val_ce | times the floor | ERC loss | violated | coupling | agreement | seconds |",
              "|---|---|---|---|---|---|---|---|"]
     final = {}
-    for path in sorted(RESULTS.glob("*.json"), reverse=True):
+    for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         row = final[result["variant"], result["seed"]] = result["log"][-1]
         lines.append(f"| {result['variant']}, {result['seed']} | {row['val_ce']:.4f} |"

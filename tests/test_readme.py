@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import reproduce
+import torch
 
+import erc_moe
 import prepare_data
 import train
 
@@ -29,7 +31,7 @@ def test_the_snippets_print_what_is_shown():
     """All Python blocks, run one after the other, print the text blocks below them, to the letter."""
     names, printed, shown = {}, "", ""
     for block in BLOCKS:
-        if block["kind"] == "python" and block["note"] != "not run":
+        if block["kind"] == "python" and not block["note"]:
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(block["text"], names)
@@ -37,6 +39,45 @@ def test_the_snippets_print_what_is_shown():
         elif block["kind"] == "text" and not (block["note"] or "").startswith("output"):
             shown += block["text"]
     assert printed == shown, f"printed:\n{printed}\nshown:\n{shown}"
+
+
+def run_block(note, **names):
+    """Runs the Python block that stands under this note."""
+    (block,) = [block for block in BLOCKS if block["note"] == note]
+    exec(block["text"], dict(names, torch=torch, erc_loss=erc_moe.erc_loss))
+
+
+def test_the_snippet_for_a_training_loop_adds_the_gradient():
+    """The three lines to paste into a loop give every R and W_g the gradient of the mean over layers."""
+    pasted, ours = (erc_moe.MoETransformer(erc_moe.MoEConfig(n_layers=2)) for _ in range(2))
+    ours.load_state_dict(pasted.state_dict())
+    run_block("needs a model: ours", moe_layers=pasted.moe_layers(), device="cpu", step=3)
+    ours.erc_loss(generator=torch.Generator().manual_seed(3)).backward()
+    for one, other in zip(pasted.moe_layers(), ours.moe_layers()):
+        assert torch.allclose(one.R.grad, other.R.grad) and torch.allclose(one.W_g.grad, other.W_g.grad)
+
+
+def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
+    """On a random OLMoE: gradients in each router and in the gate half of gate_up_proj; steps along them lower the loss."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2))
+
+    def total():
+        return sum(erc_moe.erc_loss(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj[:, :16].transpose(1, 2),
+                                    noise="none").item() for layer in model.model.layers)
+
+    before, optimizer = total(), torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(20):
+        optimizer.zero_grad()
+        run_block("needs a model: OLMoE", model=model, noise=torch.Generator().manual_seed(step))
+        touched = {name.split(".mlp.")[-1] for name, p in model.named_parameters() if p.grad is not None}
+        ups = [layer.mlp.experts.gate_up_proj.grad[:, 16:] for layer in model.model.layers]
+        assert touched == {"gate.weight", "experts.gate_up_proj"} and not any(up.any() for up in ups), touched
+        optimizer.step()
+    assert total() < before / 2, f"the ERC loss went from {before:.5f} to {total():.5f}"
 
 
 def commands():

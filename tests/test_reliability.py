@@ -133,11 +133,11 @@ class KilledInEvaluation(MoETransformer):
 
 
 def child(argv, kill_at=None, limit=None, full=False, kill_in_step=None, kill_in_evaluation=False, slow_step=None,
-          closed=False):
+          closed=False, seconds=250):
     """train.py as a process of its own, never to return. kill_at: SIGKILL at that file event under the run folder.
     limit: no file grows beyond it; writing on kills, or fails where `full`. The rest are moments of a step.
     """
-    signal.alarm(250)  # no child outlives its test
+    signal.alarm(seconds)  # no child outlives its test
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if closed:
@@ -330,7 +330,7 @@ def test_stopped_inside_a_write_the_old_checkpoint_is_whole(data, attempt, strai
 
 def test_a_full_disk_shows_before_the_first_step(data, attempt):
     """A new run whose checkpoint does not fit, or not even the log: exit 1, one line, no step trained."""
-    for limit in (700, 9000, 100_000):  # config.json has more than 700 bytes, a checkpoint more than 100,000
+    for limit in (700, 9000, 40_000):  # config.json has more than 700 bytes, the checkpoint more than 40,000
         shutil.rmtree("o", ignore_errors=True)
         one_line(attempt(flags(data), limit=limit, full=True), 1)
         assert not list(Path("o").glob("ckpt*")), f"limit {limit}: left {list(Path('o').glob('ckpt*'))}"
@@ -819,13 +819,13 @@ def test_bad_command_lines_are_exit_2_and_one_line(data, capsys, monkeypatch):
     assert len(lines) >= 150, f"only {len(lines)} command lines"
 
 
-@pytest.mark.parametrize("flag", ["--d-model=800000000", "--n-layers=1000000000000", "--context-length=1000000000000",
-                                  "--batch-size=1000000000000", "--n-experts=10000000000", "--d-expert=80000000000"])
+@pytest.mark.parametrize("flag", ["--d-model=800000000", "--n-layers=1000000000000", "--n-experts=10000000000",
+                                  "--d-expert=80000000000", "--context-length=1000000000000",
+                                  "--batch-size=1000000000000"])
 def test_sizes_that_no_machine_holds_are_one_line(data, attempt, flag):
     """Exit 1 or 2 within seconds, instead of a traceback or of filling the memory."""
-    begin = time.monotonic()
-    ended = attempt([*flags(data), flag])
-    assert one_line(ended, 1 if ended.code == 1 else 2) and time.monotonic() - begin < 20
+    ended = attempt([*flags(data), flag], seconds=20)
+    one_line(ended, 1 if ended.code == 1 else 2)
 
 
 def test_closed_stdout_is_no_traceback(data, attempt):
