@@ -67,7 +67,7 @@ class TrainConfig:
     balance_weight: float = setting(0.01, "of the load-balancing loss")
     z_weight: float = setting(0.001, "of the router z-loss")
     erc_weight: float = setting(1.0, "of the ERC loss; 0: a plain MoE")
-    erc_alpha: float = setting(1.0, "how strict the ERC loss is: 0 most, 3 hardly; best in the paper: 1 (n=64), 0.5 (n=256)")
+    erc_alpha: float = setting(1.0, "strictness: 0 most, 3 hardly any; best in the paper 1 (n=64), 0.5 (n=256)")
     erc_noise: str = setting("sample", "noise in the ERC loss: sample (the paper's), none or expected")
     sample_tokens: int = setting(300, "longest continuation")
     temperature: float = setting(0.8, "of samples; 0: the likeliest token")
