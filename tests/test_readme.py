@@ -58,7 +58,7 @@ def test_the_snippet_for_a_training_loop_adds_the_gradient():
 
 
 def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
-    """On a random OLMoE: gradients in each router and the gate half of gate_up_proj; steps along them lower the loss."""
+    """On a random OLMoE: gradients in each router and the gate half of gate_up_proj; steps lower the loss."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(

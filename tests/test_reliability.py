@@ -6,6 +6,7 @@ damaged, disks are really full. Marked `slow` is the long half; a share of every
 """
 
 import csv
+import importlib
 import io
 import multiprocessing
 import os
@@ -70,6 +71,7 @@ def worker():
 
 def serve(connection):
     """In the worker: calls what is asked for, and sends back what it returns or raises."""
+    importlib.import_module("torch._dynamo")  # an optimizer imports it, for a second, and so would each child
     torch.set_num_threads(1)
     while True:
         function, arguments, options = connection.recv()
@@ -452,11 +454,11 @@ def test_a_signal_in_a_run_inside_a_program_comes_back_as_a_number(data):
 
 
 @pytest.fixture(scope="module")
-def saved(straight, tmp_path_factory):
+def saved(data, tmp_path_factory):
     """(bytes of a whole checkpoint, what is in it)."""
-    path = tmp_path_factory.mktemp("saved") / "ckpt.pt"
-    torch.save(straight[0], path)
-    return path.read_bytes(), straight[0]
+    out = tmp_path_factory.mktemp("saved") / "run"
+    train.train(*train.configs({**SMALL, "data": data, "out": str(out), "steps": 2}))
+    return (out / "ckpt.pt").read_bytes(), train.read_checkpoint(out / "ckpt.pt")
 
 
 def loads(content):
