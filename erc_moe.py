@@ -422,8 +422,8 @@ class MoETransformer(nn.Module):
                  vocab_size=None):
         """Continues tokens [B, T >= 1] by up to max_new_tokens -> [B, T + new].
 
-        temperature 0 takes the likeliest token, sample_top_k draws from that many. Ends early once every row has
-        drawn `stop`. Ids from vocab_size on are never drawn (rows that only pad the vocabulary).
+        temperature 0 (below 1e-5) takes the likeliest token, sample_top_k draws from that many. Ends early once every
+        row has drawn `stop`. Ids from vocab_size on are never drawn (rows that only pad the vocabulary).
         """
         done = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)     # (B,)
         for _ in range(max_new_tokens):
@@ -431,7 +431,7 @@ class MoETransformer(nn.Module):
             if sample_top_k is not None:
                 least = logits.topk(min(sample_top_k, logits.size(-1)), dim=-1).values[:, -1:]         # (B, 1)
                 logits = logits.masked_fill(logits < least, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-5:
                 drawn = logits.argmax(dim=-1, keepdim=True)                            # (B, 1)
             else:
                 drawn = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)  # (B, 1)

@@ -748,7 +748,8 @@ def run(main):
         if not error.strerror:
             raise
         message, code = f"{error.filename or 'system'}: {error.strerror}; make room, or check the permissions", 1
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))  # nothing steers a terminal
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     return code
 
 

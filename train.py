@@ -77,7 +77,7 @@ class TrainConfig:
         def check(names, low, above=False):
             for name in names.split():
                 value = getattr(self, name)
-                top = 2**63 if isinstance(value, int) else math.inf
+                top = 2**63 if isinstance(value, int) else 1e38  # where float32 ends
                 if not (low < value < top if above else low <= value < top):  # false for nan, too
                     raise ValueError(f"{name} must be finite and {'above' if above else 'at least'} {low}, got {value}")
 
@@ -243,8 +243,11 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint of train.py ({reason})") from error
 
 
-def load_checkpoint(folder):
-    """The newest whole checkpoint of a run folder, with a warning where that is not ckpt.pt; UserError without one."""
+def load_checkpoint(folder, repair=False):
+    """The newest whole checkpoint of a run folder, with a warning where that is not ckpt.pt; UserError without one.
+
+    repair: make it ckpt.pt. Else the next save would put what is damaged in place of the only whole one.
+    """
     problem = f"no checkpoint in {folder}; name the run folder with --out, or train first"
     for path in (folder / "ckpt.pt", folder / "ckpt.prev.pt"):
         try:
@@ -256,6 +259,8 @@ def load_checkpoint(folder):
             continue
         if path.name != "ckpt.pt":
             print(f"warning: ckpt.pt is damaged or missing; taking {path}, step {state['step']}", file=sys.stderr)
+            if repair:
+                os.replace(path, folder / "ckpt.pt")
         return state
     raise UserError(problem)
 
@@ -266,8 +271,9 @@ LOG_COLUMNS = ("step tokens ce val_ce balance z erc epsilon violated coupling ag
 
 def open_log(path, last_step):
     """log.csv, to append to; without what a kill cut short, and without lines that a resumed run will write anew."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) in range(last_step + 1)]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line.count(",") == 15
+             and line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= last_step]
     temporary = path.with_name("log.csv.tmp")
     temporary.write_text(",".join(LOG_COLUMNS) + "\n" + "".join(lines), encoding="utf-8")
     os.replace(temporary, path)
@@ -307,7 +313,7 @@ def pick_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu", code=2) from error
     if name.startswith("cuda"):
@@ -320,6 +326,15 @@ def pick_dtype(name, device):
     if name == "auto" and device.type == "cuda":  # those that only emulate bfloat16 are faster in float16
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return dict(bf16=torch.bfloat16, fp16=torch.float16).get(name, torch.float32)
+
+
+def check_size(config, moe):
+    """UserError, wrong usage, for sizes that no machine holds, which would fill the memory before they fail."""
+    if moe:
+        layer = moe.d_model * (4 * moe.d_model + moe.n_experts * 3 * moe.d_expert)
+        tokens = config.batch_size * moe.context_length
+        if (terabytes := (16 * moe.n_layers * layer + 8 * moe.d_model * tokens) / 1e12) > 10:
+            raise UserError(f"this would take {terabytes:,.0f} TB of memory; choose a smaller model or batch", code=2)
 
 
 def learning_rate(config, step):
@@ -344,6 +359,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         self.data = prepare_data.load_data(config.data)
+        check_size(config, moe)
         torch.manual_seed(config.seed)
         # A multiple of 64 rows makes the largest matrix product faster on a GPU; the ids added never occur.
         self.model = (model or MoETransformer(replace(moe, vocab_size=-(-self.data.vocab_size // 64) * 64))).to(device)
@@ -574,9 +590,14 @@ def configs(values):
 
 
 def model_of(state):
-    """The model in a checkpoint, on the CPU."""
+    """The model in a checkpoint, on the CPU; UserError where it does not fit its settings or is not finite."""
     model = MoETransformer(configs(state["config"])[1])
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError("the model of the checkpoint does not fit its settings; was the code changed since?") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError("the model of the checkpoint has weights that are not finite; train again with a lower --lr")
     return model
 
 
@@ -635,7 +656,8 @@ def main(argv=None):
     options, explicit = parse(argv)
     name = options.preset
     config, moe = configs({"data": f"data/{name}", "out": f"out/{name}", **PRESETS[name], **explicit})
-    state = load_checkpoint(Path(config.out)) if options.resume or options.sample is not None else None
+    wants_state = options.resume or options.sample is not None
+    state = load_checkpoint(Path(config.out), repair=options.resume) if wants_state else None
     if options.sample is not None:
         print(sample(state, options.sample, config, pick_device(config.device)))
         return 0
@@ -652,8 +674,10 @@ def main(argv=None):
         prepare_data.main(["demo"])
     try:
         result = train(config, moe, resume=state, overwrite=options.overwrite)
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of GPU memory; lower --batch-size, and raise --accumulate to make up for it") from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise UserError("out of memory; lower --batch-size, and raise --accumulate to make up for it") from error
     if dist.is_initialized():
         dist.destroy_process_group()
     if result["signal"]:
