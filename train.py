@@ -243,10 +243,9 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or no checkpoint of train.py ({reason})") from error
 
 
-def load_checkpoint(folder, repair=False):
-    """The newest whole checkpoint of a run folder, with a warning where that is not ckpt.pt; UserError without one.
-
-    repair: make it ckpt.pt. Else the next save would put what is damaged in place of the only whole one.
+def load_checkpoint(folder):
+    """The newest whole checkpoint of a run folder, and its `path`, with a warning where that is not ckpt.pt; UserError
+    without one.
     """
     problem = f"no checkpoint in {folder}; name the run folder with --out, or train first"
     for path in (folder / "ckpt.pt", folder / "ckpt.prev.pt"):
@@ -259,9 +258,7 @@ def load_checkpoint(folder, repair=False):
             continue
         if path.name != "ckpt.pt":
             print(f"warning: ckpt.pt is damaged or missing; taking {path}, step {state['step']}", file=sys.stderr)
-            if repair:
-                os.replace(path, folder / "ckpt.pt")
-        return state
+        return dict(state, path=path)
     raise UserError(problem)
 
 
@@ -532,6 +529,8 @@ def train(config, moe=None, model=None, extra_loss=None, resume=None, overwrite=
           tqdm(total=config.steps, initial=run.step, unit="step", disable=None if is_main else True) as bar):
         if is_main:
             stack.enter_context(claim(out, resume, overwrite))
+            if resume and resume.get("path") == out / "ckpt.prev.pt":  # or the next save would drop it
+                os.replace(resume["path"], out / "ckpt.pt")
             print(describe(run), flush=True)
             (out / "config.json").write_text(json.dumps(run.state()["config"], indent=1) + "\n", encoding="utf-8")
             log_file = stack.enter_context(open_log(out / "log.csv", run.step))
@@ -656,8 +655,7 @@ def main(argv=None):
     options, explicit = parse(argv)
     name = options.preset
     config, moe = configs({"data": f"data/{name}", "out": f"out/{name}", **PRESETS[name], **explicit})
-    wants_state = options.resume or options.sample is not None
-    state = load_checkpoint(Path(config.out), repair=options.resume) if wants_state else None
+    state = load_checkpoint(Path(config.out)) if options.resume or options.sample is not None else None
     if options.sample is not None:
         print(sample(state, options.sample, config, pick_device(config.device)))
         return 0

@@ -117,7 +117,7 @@ def test_switching_erc_off_changes_nothing_before_the_first_update(data):
     """Batches of all steps, initial weights, and ce, balance, z of step 1 are bit-identical; later weights differ."""
     initial, seen, rows, final = [], [], [], []
     for weight in (0.0, 1.0):
-        config, moe, model = watched(data, erc_weight=weight, out=f"erc{weight:g}")
+        config, moe, model = watched(data, erc_weight=weight, out=f"erc{weight:g}", log_every=100)
         initial.append(new_run(data, erc_weight=weight).model.state_dict())
         assert same(initial[-1], model.state_dict()), "an own model of the same seed begins with the same weights"
         train.train(config, moe, model=model)
