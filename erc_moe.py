@@ -228,6 +228,30 @@ class TakeRows(torch.autograd.Function):
         return grad, None, None
 
 
+def dispatch(experts, n, block=1):
+    """Sorts the work by expert.  experts [N, K] -> pair [S], row [S], ends [n], load [n].
+
+    Number the S = N*K (token, choice) pairs token by token: pair p belongs to token p // K. Sorted by expert, the work
+    of each expert is one block of rows. row[p] is the row of pair p, pair[r] the pair in row r; ends[j] is where the
+    rows of expert j end, and load[j] how many they are. No shape depends on the routing, so nothing recompiles, and in
+    bf16 on a Hopper GPU nothing waits (elsewhere grouped_mm loops over experts); a stable sort makes equal runs equal
+    to the bit. With block > 1, filler rows round each expert's rows up to a multiple of it; pair is 0 in them.
+    """
+    experts = experts.flatten()                                                        # (S,)
+    pairs = torch.arange(len(experts), device=experts.device)                          # (S,) 0, 1, 2, ...
+    by_expert, pair = experts.sort(stable=True)                                        # (S,), (S,)
+    row = torch.empty_like(pair).scatter_(0, pair, pairs)                              # (S,) the inverse of pair
+    ends = torch.searchsorted(by_expert, torch.arange(n, device=pair.device), right=True, out_int32=True)      # (n,)
+    load = ends.diff(prepend=ends.new_zeros(1))                                        # (n,)
+    if block > 1:
+        space = -(-load // block) * block                                              # (n,) load, rounded up
+        starts = space.cumsum(dim=0) - space                                           # (n,)
+        row = row + (starts - (ends - load))[experts]                                  # (S,) moved with its expert
+        ends = space.cumsum(dim=0, dtype=torch.int32)                                  # (n,)
+        pair = pair.new_zeros(int(ends[-1])).scatter_(0, row, pairs)                   # (S,) and fillers
+    return pair, row, ends, load
+
+
 class MoEStats(NamedTuple):
     """What a MoE layer reports beside its output, raw: weights of losses are the trainer's business."""
 
@@ -267,29 +291,22 @@ class MoE(nn.Module):
         B, T, d = x.shape
         x = x.reshape(-1, d)                                                           # (N, d)
         logits, probs, weights, experts = self.route(x)
-        n, K, S = probs.size(-1), self.top_k, experts.numel()
-
-        # Dispatch. Number the S = N*K (token, choice) pairs token by token: pair p belongs to token p // K. Sort the
-        # pairs by expert, and each expert's share of the work is one block of rows. No shape depends on the routing,
-        # so nothing recompiles, and in bf16 on a Hopper GPU nothing waits (elsewhere grouped_mm loops over experts);
-        # a stable sort makes equal runs equal to the bit.
-        by_expert, pair = experts.flatten().sort(stable=True)                          # (S,), (S,) pair in each row
-        row = torch.empty_like(pair).scatter_(0, pair, torch.arange(S, device=x.device))       # (S,) row of each pair
-        ends = torch.searchsorted(by_expert, torch.arange(n, device=x.device), right=True, out_int32=True)  # (n,)
-        load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        # On a CPU, bf16 compiles a kernel for each number of rows that it has not met before; so let it meet few.
+        few = x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        pair, row, ends, load = dispatch(experts, probs.size(-1), block=64 if few else 1)
 
         # Experts: W_o (silu(x W_g) * (x W_p)), each on its own block of rows, which ends where `ends` says.
         # The grouped product knows no autocast, so we cast. The routing weight could as well scale the output: W_o is
         # linear. Scaling here means that nobody has to keep the output for the backward pass.
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
-        rows = TakeRows.apply(x.to(dtype), pair // K, row)                             # (S, d)
-        scale = TakeRows.apply(weights.reshape(S, 1), pair, row).to(dtype)             # (S, 1)
-        h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends) * scale    # (S, D)
-        y = F.grouped_mm(h, W_o, offs=ends)                                            # (S, d)
+        rows = TakeRows.apply(x.to(dtype), pair // self.top_k, row)                    # (S, d)
+        scale = weights.new_zeros(len(pair)).scatter(0, row, weights.flatten()).to(dtype)      # (S,), 0 in filler rows
+        h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)    # (S, D)
+        y = F.grouped_mm(h * scale[:, None], W_o, offs=ends)                           # (S, d)
 
         # Combine: back to token order, where the K rows of a token lie together and add up.
-        y = TakeRows.apply(y, row, pair).view(-1, K, d).sum(dim=1)                     # (S, d) -> (N, d)
+        y = TakeRows.apply(y, row, pair).view(-1, self.top_k, d).sum(dim=1)            # (S, d) -> (N, d)
         return y.view(B, T, d), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
 
@@ -322,7 +339,11 @@ class Attention(nn.Module):
         q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)            # (B, T, d) each
         q, k, v = (t.view(B, T, self.n_heads, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, d/H) each
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)        # (B, H, T, d/H) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                    # (B, H, T, d/H)
+        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # where the plain way is twice as fast as the fused
+            later = torch.full((T, T), -math.inf, dtype=v.dtype).triu(diagonal=1)      # (T, T)
+            y = (q * q.size(-1) ** -0.5 @ k.mT + later).softmax(dim=-1).to(v.dtype) @ v        # (B, H, T, d/H)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (B, H, T, d/H)
         return self.o(y.transpose(1, 2).reshape(B, T, d))                              # (B, T, d)
 
 

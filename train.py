@@ -319,9 +319,12 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The type of the matrix products. auto: bfloat16 on GPUs that have it, float16 on older ones, else float32."""
+    """The type of the matrix products. auto: bfloat16 where the hardware has it, else float16 on a GPU, or float32."""
     if name == "auto" and device.type == "cuda":  # those that only emulate bfloat16 are faster in float16
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto" and device.type == "cpu":  # those that only emulate it are slower by far
+        has = torch.cpu.get_capabilities()
+        name = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16).get(name, torch.float32)
 
 

@@ -613,6 +613,19 @@ def test_what_cannot_run_here_is_wrong_usage(data, changes, words):
     assert caught.value.code == 2 and not Path("out").exists(), f"code {caught.value.code}"
 
 
+@pytest.mark.parametrize("device, found, expected", [
+    ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("mps", {}, torch.float32),
+    ("cpu", {"avx512_bf16": True}, torch.bfloat16), ("cpu", {"amx_bf16": True}, torch.bfloat16),
+    ("cpu", {"avx512_f": True, "avx512_bf16": False}, torch.float32), ("cpu", {}, torch.float32),
+])
+def test_the_type_of_the_products_is_the_fast_one_of_this_hardware(monkeypatch, device, found, expected):
+    """auto: bfloat16 only where it is not emulated; a type that is asked for by name is taken everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or found)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    picked = [train.pick_dtype(name, torch.device(device)) for name in ("auto", "fp32", "bf16", "fp16")]
+    assert picked == [expected, torch.float32, torch.bfloat16, torch.float16], picked
+
+
 def test_compiled_or_not_checkpoints_have_the_same_names(data):
     """A compiled run saves the names of the plain model, without `_orig_mod`, and either takes up the other's."""
     plain, compiled = (new_run(data, dtype="bf16", compile=on) for on in (False, True))
