@@ -58,7 +58,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "of every matrix, the router and the experts included")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient")
     log_every: int = setting(10, "steps between lines in the log")
-    eval_every: int = setting(260, "steps between evaluations; 0: only at the end")
+    eval_every: int = setting(325, "steps between evaluations; 0: only at the end")
     save_every: int = setting(650, "steps between checkpoints; 0: only at the end")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
     dtype: str = setting("auto", "auto, fp32, bf16 or fp16: the type of the matrix products; weights stay float32")
@@ -516,12 +516,13 @@ def log_line(row):
             f" {row['grad_norm']:.2f} | {row['tokens_per_s']:,.0f} tok/s")
 
 
-def train(config, moe=None, model=None, extra_loss=None, resume=None, overwrite=False):
+def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None, overwrite=False):
     """Trains, and returns the last logged row as a dict, with `signal`: 0, or the number of the one that stopped it.
 
     config: TrainConfig. moe: MoEConfig; its vocab_size comes from the data. model: one's own instead, with the methods
-    of MoETransformer. extra_loss: a function of the model -> scalar, added once per step, as the ERC loss is. resume: a
-    checkpoint from load_checkpoint. Raises UserError for whatever the user can mend.
+    of MoETransformer. extra_loss: a function of the model -> scalar, added once per step, as the ERC loss is. watch: a
+    function of (model, step), called after each evaluation. resume: a checkpoint from load_checkpoint. Raises UserError
+    for whatever the user can mend.
     """
     run, out, row = Run(config, moe, model), Path(config.out), {}
     if resume:
@@ -567,6 +568,8 @@ def train(config, moe=None, model=None, extra_loss=None, resume=None, overwrite=
                            tokens_per_s=(step - timed_from) * step_tokens / (time.perf_counter() - clock))
                 if evaluates:
                     row["val_ce"], row["agreement"] = evaluate(run.model, run.val, run.device, run.autocast)
+                    if watch:
+                        watch(run.model, step)
                 if is_main:
                     log.writerow(row)
                     bar.write(log_line(row), file=sys.stdout)
