@@ -194,19 +194,14 @@ def flops_per_token(config):
     return 6 * active + 6 * config.n_layers * config.context_length * config.d_model
 
 
-def native_bf16(device):
-    """Whether the CPU multiplies bfloat16 itself; where it only emulates it, a step would take minutes."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cuda" or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def measure_step(setup):
+    native = train.pick_dtype("auto", setup.device) == torch.bfloat16  # where it is emulated, a step would take minutes
     names = [f"{kind}, {str(setup.dtype)[6:]}" for kind in ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")]
     if setup.device.type == "cuda":
         names += ["ours, bfloat16, compiled", "dense, bfloat16, compiled", "ours, float16"]
-    elif native_bf16(setup.device):
-        names += [f"{kind}, bfloat16" for kind in ("ours", "OLMoE eager", "OLMoE grouped_mm")]
-    if native_bf16(setup.device):
+    elif native:
+        names += [f"{kind}, bfloat16" for kind in ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")]
+    if native:
         names.append("OLMoE grouped_mm with bfloat16 weights, bfloat16")
     torch.manual_seed(SEED)
     ours, functions, ce, skipped = MoETransformer(setup.model).to(setup.device), {}, {}, []
@@ -220,7 +215,7 @@ def measure_step(setup):
             continue
         ce[name] = []
         functions[name] = lambda r, step=step, ce=ce[name]: ce.append(step(*batches[r]))
-    for dtype in (torch.float32, torch.bfloat16) if native_bf16(setup.device) else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if native else (torch.float32,):
         for size in setup.squares:
             a, b = torch.randn(2, size, size, device=setup.device).to(dtype)
             functions[f"matmul {size}, {str(dtype)[6:]}"] = lambda r, a=a, b=b: a @ b

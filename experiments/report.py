@@ -34,7 +34,8 @@ NAMES = {
     "erc-2": "ERC, alpha 2", "erc-3": "ERC, alpha 3", "erc-1-no-noise": "ERC without noise",
     "erc-1-expected": "ERC, noise in closed form", "erc-1-float32": "ERC in float32", "dense": "dense",
     "aoe": "Autonomy-of-Experts", "orthogonal": "router orthogonalisation", "probe-up": "probe: up projection",
-    "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output", "centred-1": "ERC, centred proxies (ours)",
+    "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output",
+    "centred-1": "centred proxies (ours), alpha 1", "centred-0.5": "centred proxies (ours), alpha 0.5",
 }
 
 
@@ -102,13 +103,28 @@ def mean(values, form="{:.2f}"):
     return "" if not values or None in values else form.format(statistics.mean(values))
 
 
+def late_balance(result):
+    """Mean balance loss over the second half of the log."""
+    return statistics.mean(row["balance"] for row in result["log"][len(result["log"]) // 2:])
+
+
+def neuron_ratio(result):
+    """Squared cosine of two neurons of one expert / of two experts, mean over layers."""
+    return statistics.mean(within / between for within, between in result["watched"][-1]["neurons"])
+
+
+def bounds(values):
+    """(lower, upper) end of the 95 % confidence interval of the mean."""
+    half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
 def interval(values, form="{:+.4f}"):
     """"mean (95 % confidence interval)"."""
     if len(values) < 2:
         return ""
-    half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    middle = statistics.mean(values)
-    return f"{form.format(middle)} ({form.format(middle - half)} to {form.format(middle + half)})"
+    low, high = bounds(values)
+    return f"{form.format(statistics.mean(values))} ({form.format(low)} to {form.format(high)})"
 
 
 def table(*rows):
@@ -160,21 +176,20 @@ def weights_table(results, suite="n16"):
         if not reproduce.has_router(variant) or variant == "dense":
             continue
         values = lambda of, variant=variant: results.values(suite, variant, of)
-        ratio = lambda result: statistics.mean(w / b for w, b in result["watched"][-1]["neurons"])
-        late = lambda result: statistics.mean(row["balance"] for row in result["log"][len(result["log"]) // 2:])
         rows.append((
             NAMES[variant], f"{mean(values(layers('norm_R', 0)))} to {mean(values(layers('norm_R')))}",
             mean(values(layers("spread_R"))),
             f"{mean(values(layers('norm_W', 0)))} to {mean(values(layers('norm_W')))}", mean(values(last("epsilon"))),
-            mean(values(layers("router_cosine"))), mean(values(ratio)), mean(values(last("max_load"))),
-            mean(values(last("dead"))), interval(results.paired(suite, variant, late)) if variant != "plain" else ""))
+            mean(values(layers("router_cosine"))), mean(values(neuron_ratio)), mean(values(last("max_load"))),
+            mean(values(last("dead"))),
+            interval(results.paired(suite, variant, late_balance)) if variant != "plain" else ""))
     return table(*rows)
 
 
 def tokens_table(results, suite="n16"):
     """What the loss does to real tokens, over training and over layers."""
     rows = [("", "agreement at the start", "a quarter in", "half-way", "three quarters", "end", "end, by layer",
-             "among the K", "response", "cosine to R", "centre to R", "violated by centres")]
+             "among the K", "response", "cosine to R", "centre to R", "both less their means", "violated by centres")]
     for variant in results.variants(suite):
         if variant == "dense":
             continue
@@ -186,7 +201,8 @@ def tokens_table(results, suite="n16"):
         rows.append((
             NAMES[variant], *over, ", ".join(f"{statistics.mean(layer):.0%}" for layer in by_layer),
             mean(values(layers("within")), "{:.0%}"), mean(values(layers("response"))), mean(values(layers("cosine"))),
-            mean(values(layers("centre"))), mean(values(layers("centred")), "{:.0%}")))
+            mean(values(layers("centre"))), mean(values(layers("relative"))),
+            mean(values(layers("centred")), "{:.0%}")))
     return table(*rows)
 
 
@@ -211,8 +227,64 @@ def noise_table(results, suite="n16"):
     return table(*rows)
 
 
+# ---- The paper's claims ----
+
+
+def verdict_of(values, wanted):
+    """Of paired differences: whether they lie below 0, above 0, or (wanted: 0) are not told from 0."""
+    low, high = bounds(values)
+    if wanted == 0:
+        return "seen" if low <= 0 <= high else "contradicted"
+    if low <= 0 <= high:
+        return "not seen at this scale"
+    return "seen" if (high < 0) == (wanted < 0) else "contradicted"
+
+
+def claims_table(results):
+    """The paper's claims, each with its number here (n=16), and a verdict that follows from the number."""
+    if any(suite == "n16" for suite, _, _ in results.missing):
+        return "(needs all runs of n16)"
+    rows = [("claim", "in the paper", "here", "verdict")]
+    of = lambda variant, what: statistics.mean(results.values("n16", variant, what))
+    less = lambda variant, what, against="plain": results.paired("n16", variant, what, against)
+    erc, norms = of("erc-1", last("erc")), [of("erc-1", layers(name)) / of("plain", layers(name))
+                                            for name in ("norm_R", "norm_W")]
+    rows.append(("ERC falls to about 0, and not because norms of R and W_g collapse", "yes",
+                 f"ERC {erc:.5f}; norm of R {norms[0]:.2f}, of W_g {norms[1]:.2f} times plain's",
+                 "seen" if erc < 0.01 and min(norms) > 0.8 else "contradicted"))
+    rows.append(("load balance stays as it is", "differences around 1e-5", interval(less("erc-1", late_balance)),
+                 verdict_of(less("erc-1", late_balance), 0)))
+    epsilons = [of(f"erc-{alpha}", last("epsilon")) for alpha in ("0", "0.5", "1", "2", "3")]
+    rows.append(("epsilon moves with alpha", "yes",
+                 "alpha 0, 0.5, 1, 2, 3: " + ", ".join(map("{:.2f}".format, epsilons)),
+                 verdict_of(less("erc-0", last("epsilon"), "erc-3"), -1 if epsilons[0] < epsilons[-1] else 1)))
+    for claim, paper, variant, against, wanted in (
+            ("ERC (alpha 1) beats the plain MoE", "yes, from 3B parameters on", "erc-1", "plain", -1),
+            ("ERC (alpha 0.5) beats the plain MoE", "at n=256", "erc-0.5", "plain", -1),
+            ("noise matters: val_ce with it less that without", "most of the gain", "erc-1", "erc-1-no-noise", -1),
+            ("alpha 3 is nearly the plain MoE", "yes", "erc-3", "plain", 0),
+            ("router orthogonalisation alone does little", "yes", "orthogonal", "plain", 0),
+            ("Autonomy-of-Experts beats the plain MoE", "yes", "aoe", "plain", -1)):
+        pairs = less(variant, last("val_ce"), against)
+        rows.append((claim, paper, interval(pairs), verdict_of(pairs, wanted)))
+    cosine = of("plain", layers("router_cosine"))
+    rows.append(("the plain router is already near-orthogonal", "mean cosine about 0.15", f"{cosine:.2f}",
+                 "seen" if cosine < 0.25 else "contradicted"))
+    clusters = less("erc-1", neuron_ratio)
+    rows.append(("experts' parameters form clusters", "t-SNE, by eye",
+                 f"neurons' squared cosine within / between experts {of('erc-1', neuron_ratio):.2f}, plain"
+                 f" {of('plain', neuron_ratio):.2f}", verdict_of(clusters, 1)))
+    if costs := cost_ratios():
+        rows.append(("ERC costs next to nothing", "0.2 to 0.8 % of the step", f"{costs['erc-1'][0]} times plain's step",
+                     "seen" if float(costs["erc-1"][0]) < 1.05 else "not seen at this scale"))
+        rows.append(("Autonomy-of-Experts costs a lot", "1.6 times time, 1.3 times memory",
+                     f"{costs['aoe'][0]} times time, {costs['aoe'][1]} times memory",
+                     "seen" if float(costs["aoe"][0]) > 1.15 else "not seen at this scale"))
+    return table(*rows)
+
+
 TABLES = {
-    "main": main_table, "main-n64": lambda results: main_table(results, "n64"),
+    "claims": claims_table, "main": main_table, "main-n64": lambda results: main_table(results, "n64"),
     "weights": weights_table, "weights-n64": lambda results: weights_table(results, "n64"),
     "tokens": tokens_table, "tokens-n64": lambda results: tokens_table(results, "n64"), "noise": noise_table,
 }

@@ -60,7 +60,7 @@ VARIANTS = {
     "plain": Variant(5, PLAIN),
     "erc-1": erc(seeds=5),
     "erc-0.5": erc(0.5, seeds=5),
-    "aoe": Variant(5, PLAIN, variants.aoe_model),
+    "aoe": Variant(5, dict(PLAIN, z_weight=0.0), variants.aoe_model),  # its logits are norms: never small
     "dense": Variant(3, PLAIN, shape=variants.dense_config),
     "erc-0": erc(0.0),
     "erc-2": erc(2.0),
@@ -68,7 +68,8 @@ VARIANTS = {
     "erc-1-no-noise": erc(noise="none"),
     "erc-1-expected": erc(noise="expected"),
     "erc-1-float32": Variant(3, dict(erc_weight=1.0, dtype="fp32")),
-    "centred-1": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(seed=seed)),
+    "centred-1": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(1.0, seed)),
+    "centred-0.5": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(0.5, seed)),
     "orthogonal": Variant(3, PLAIN, extra_loss=lambda seed: variants.orthogonality),
     **{f"probe-{where}": Variant(3, PLAIN, extra_loss=lambda seed, where=where: variants.probe_loss(where, seed=seed),
                                  length=0.5) for where in ("up", "swiglu", "output")},
