@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import AoE, aoe_model, dense_config, orthogonality, probe_loss, probe_norms
+from variants import AoE, CentredProbe, aoe_model, dense_config, orthogonality, probe_loss, probe_norms
 
 import erc_moe
 import train
@@ -370,6 +370,38 @@ def test_the_losses_fall_as_an_extra_loss_of_the_trainer(data, extra_loss):
 
     train.train(config, model=model, extra_loss=weighted)
     assert len(seen) == 30 and seen[-1] < 0.5 * seen[0], f"{len(seen)} calls, from {seen[0]:.5f} to {seen[-1]:.5f}"
+
+
+def test_centred_proxies_lie_where_the_tokens_are():
+    """One layer, by loops: proxy i is the mean token, moved along R[i] - mean(R), shaken there as in step 1, by the
+    tokens' distance from their mean. Evaluations leave what was seen alone; the gradient reaches R and W_g only."""
+    model, loss = seeded(MoETransformer, small(n_layers=1)), CentredProbe(alpha=0.5, seed=3)
+    (moe,), tokens, seen = model.moe_layers(), torch.randint(64, (2, 16)), []
+    assert loss(model) == 0, "there were no tokens yet"
+    moe.register_forward_pre_hook(lambda moe, args: seen.append(args[0].detach().flatten(0, 1).double()))
+    model(tokens)
+    with torch.no_grad():
+        model(tokens.flip(1) * 0 + 5)
+    value = loss(model)
+    value.backward()
+
+    x, R, W_g = seen[0], moe.R.detach().double(), moe.W_g.detach().double()
+    mean, middle = x.mean(dim=0), R.mean(dim=0)
+    distance = (sum((token - mean).norm() ** 2 for token in x) / len(x)).sqrt()
+    u = 2 * torch.rand(6, 16, generator=train.keyed_generator("cpu", 3, 2, "erc")).double() - 1
+    M, wanted = {}, 0
+    for i in range(6):
+        off = R[i] - middle
+        epsilon = min((R[i] - R[j]).norm() for j in range(6) if j != i) / (2 * off.norm())
+        proxy = mean + distance * off * (1 + epsilon * u[i]) / off.norm()
+        M.update({(i, j): (proxy @ W_g[j]).norm() for j in range(6)})
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                wanted += (M[i, j] - 0.5 * M[i, i]).clamp(min=0) + (M[j, i] - 0.5 * M[i, i]).clamp(min=0)
+    assert abs(value - wanted / 36) < 1e-5 * wanted / 36, f"{value:.6f}, by loops {wanted / 36:.6f}"
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"blocks.0.moe.R", "blocks.0.moe.W_g"}, touched
 
 
 # ---- The dense model -------------------------------------------------------------------------------------------------
