@@ -25,6 +25,7 @@ capacity limits (no token is ever dropped), a key-value cache, expert parallelis
 One letter, one size, everywhere in this file:
   B batch   T tokens in a row   N = B*T tokens   V vocabulary   L layers   H heads
   n experts   K experts per token   S = N*K rows to compute   d model width   D width inside an expert
+(In bfloat16 on a CPU, S is a few rows more: see `dispatch`.)
 """
 
 import math

@@ -90,7 +90,7 @@ def setup_for(quick, rounds, scratch):
         sizes = {}
     if not Path(data, "meta.json").exists():
         prepare_data.main(["demo"])
-    return Setup(device, rounds, data, Path(scratch), dtype=torch.bfloat16 if gpu else torch.float32, **sizes)
+    return Setup(device, rounds, data, Path(scratch), dtype=train.pick_dtype("auto", device), **sizes)
 
 
 def interleave(functions, setup):
@@ -195,14 +195,13 @@ def flops_per_token(config):
 
 
 def measure_step(setup):
-    native = train.pick_dtype("auto", setup.device) == torch.bfloat16  # where it is emulated, a step would take minutes
-    names = [f"{kind}, {str(setup.dtype)[6:]}" for kind in ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")]
-    if setup.device.type == "cuda":
-        names += ["ours, bfloat16, compiled", "dense, bfloat16, compiled", "ours, float16"]
-    elif native:
-        names += [f"{kind}, bfloat16" for kind in ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")]
+    gpu, native = setup.device.type == "cuda", setup.dtype == torch.bfloat16  # emulated, a step would take minutes
+    kinds = ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")
+    names = [f"{kind}, float32" for kind in kinds if not gpu]
     if native:
-        names.append("OLMoE grouped_mm with bfloat16 weights, bfloat16")
+        names += [f"{kind}, bfloat16" for kind in kinds] + ["OLMoE grouped_mm with bfloat16 weights, bfloat16"]
+    if gpu:
+        names += ["ours, bfloat16, compiled", "dense, bfloat16, compiled", "ours, float16"]
     torch.manual_seed(SEED)
     ours, functions, ce, skipped = MoETransformer(setup.model).to(setup.device), {}, {}, []
     shape = (setup.warmup + setup.rounds, 2, setup.batch_size, setup.model.context_length)
@@ -258,7 +257,7 @@ def measure_erc(setup):
     functions = {}
     for accumulate in setup.accumulate:
         gpu = setup.device.type == "cuda"
-        config = TrainConfig(data=setup.data, device=str(setup.device), dtype="bf16" if gpu else "fp32", compile=gpu,
+        config = TrainConfig(data=setup.data, device=str(setup.device), compile=gpu,
                              seed=SEED, batch_size=setup.batch_size, accumulate=accumulate)
         run = Run(config, None, MoETransformer(setup.model))
         for erc in (False, True):
@@ -270,7 +269,7 @@ def measure_erc(setup):
     c = setup.model
     share = 6 * c.n_layers * c.n_experts**2 * c.d_model * c.d_expert / (setup.tokens() * flops_per_token(c))
     return dict(tokens=setup.tokens(), top_k=c.top_k, accumulate=setup.accumulate, experts=setup.erc_experts,
-                predicted_share_of_step=share, seconds=interleave(functions, setup))
+                dtype=str(setup.dtype)[6:], predicted_share_of_step=share, seconds=interleave(functions, setup))
 
 
 # ---- Many experts ----
@@ -281,8 +280,9 @@ def measure_scaling(setup):
     all_tokens = [rows * max(setup.experts) // K for rows in setup.rows]
     functions = {f"{n} experts, {tokens} tokens": layer_pass(n, tokens, setup)[1]
                  for tokens in all_tokens for n in setup.experts}
-    return dict(tokens=all_tokens, experts=setup.experts, top_k=K, seconds=interleave(functions, setup),
-                flops_per_token={n: 18 * K * d * D + 6 * n * d for n in setup.experts})
+    return dict(tokens=all_tokens, experts=setup.experts, top_k=K, dtype=str(setup.dtype)[6:],
+                flops_per_token={n: 18 * K * d * D + 6 * n * d for n in setup.experts},
+                seconds=interleave(functions, setup))
 
 
 # ---- A default run, aside from its steps ----
@@ -385,7 +385,8 @@ def show_erc(result):
     for n in result["experts"]:
         losses.append((n, *(spread([1000 * t for t in times[f"{part} {n}"]], "{:.1f}") for part in ("layer", "loss")),
                        ratio(times, f"loss {n}", f"layer {n}", "{:.1%}"), f"{n**2 / (3 * K * tokens):.1%}"))
-    return f"{table(*steps)}\n\nOne MoE layer, forward and backward, K={K}:\n\n{table(*losses)}"
+    return (f"{table(*steps)}\n\nOne MoE layer, forward and backward, K={K}; the loss works in float32, all else in"
+            f" {result['dtype']}:\n\n{table(*losses)}")
 
 
 def show_scaling(result):
@@ -397,7 +398,7 @@ def show_scaling(result):
             flops = [result["flops_per_token"][str(m)] for m in (n, experts[0])]
             rows.append((n, tokens * result["top_k"] // n, spread([1e6 * t / tokens for t in times[name]], "{:.1f}"),
                          ratio(times, name, first), f"{flops[0] / flops[1]:.2f}"))
-        tables.append(f"{tokens} tokens, K={result['top_k']}:\n\n{table(*rows)}")
+        tables.append(f"{tokens} tokens, K={result['top_k']}, {result['dtype']}:\n\n{table(*rows)}")
     return "\n\n".join(tables)
 
 

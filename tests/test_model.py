@@ -247,12 +247,25 @@ def test_attention_equals_a_loop_over_positions(qk_norm):
     assert difference < 1e-6, f"off by {difference:.1e} from the loop"
 
 
-def test_no_logit_depends_on_a_later_token():
+def test_attention_in_bfloat16_is_that_of_float32_but_for_the_rounding():
+    """On a CPU it goes another way, by plain products: the same function, to 8 bits."""
+    model, tokens = model_and_tokens(d_model=64)
+    attention, x = model.blocks[0].attention, torch.randn(2, 16, 64)
+    y = attention(x, model.cos, model.sin)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = attention(x, model.cos, model.sin)
+    error = ((low - y).norm() / y.norm()).item()
+    assert low.dtype == torch.bfloat16 and 1e-4 < error < 0.01, f"{low.dtype}, off by {error:.2%}"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_logit_depends_on_a_later_token(bf16):
     """Causality, through attention and through the experts: who else goes to my expert is not my business."""
     model, tokens = model_and_tokens()
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 64
-    before, after = model(tokens).logits, model(changed).logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        before, after = model(tokens).logits, model(changed).logits
     assert gap(before[:, :9], after[:, :9]) < 1e-6, f"earlier logits moved by {gap(before[:, :9], after[:, :9]):.1e}"
     assert gap(before[:, 9:], after[:, 9:]) > 1e-2, "the changed tokens changed nothing: this test is blind"
 
