@@ -12,7 +12,8 @@ that was stopped goes on with the next run. Runs do not depend on each other. To
 for each, with OMP_NUM_THREADS=1 in front: a run that another process is at work on is passed over.
 
 What is the same for all: data, batches, evaluation, learning rate; and the initial weights, where shapes allow. The
-suites are small, so that five seeds fit in an afternoon; `large` is the same on a GPU, and was not run by us.
+suites n16 and n64 are small, so that five seeds fit in an afternoon; `large` is for a GPU: 64 experts, 262 M
+parameters, TinyStories (python prepare_data.py tinystories comes first). We had none, and have not run it.
 """
 
 import csv
@@ -22,7 +23,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 
@@ -60,7 +61,7 @@ VARIANTS = {
     "plain": Variant(5, PLAIN),
     "erc-1": erc(seeds=5),
     "erc-0.5": erc(0.5, seeds=5),
-    "aoe": Variant(5, dict(PLAIN, z_weight=0.0), variants.aoe_model),  # its logits are norms: never small
+    "aoe": Variant(5, PLAIN, variants.aoe_model),
     "dense": Variant(3, PLAIN, shape=variants.dense_config),
     "erc-0": erc(0.0),
     "erc-2": erc(2.0),
@@ -80,35 +81,39 @@ VARIANTS = {
 class Suite:
     """Sizes and settings that all variants of a comparison share."""
 
-    moe: MoEConfig
+    moe: MoEConfig   # its vocab_size is that of the data, rounded up to 64 as in train.py
     settings: dict
-    names: dict  # of its variants -> number of seeds, where it is not that of the variant
+    names: dict      # of its variants -> number of seeds, where it is not that of the variant
 
 
+SMALL = dict(vocab_size=320, n_layers=3, n_heads=3, d_model=96)
+DEMO = dict(data="data/demo", steps=800, eval_every=200, log_every=20)
+FEW = {"plain": 3, "erc-1": 3, "erc-0.5": 3}
 SUITES = {
-    "n16": Suite(MoEConfig(n_layers=3, n_heads=3, d_model=96, d_expert=64, n_experts=16, top_k=2),
-                 dict(steps=800, eval_every=200, log_every=20), dict.fromkeys(VARIANTS)),
-    "n64": Suite(MoEConfig(n_layers=3, n_heads=3, d_model=96, d_expert=32, n_experts=64, top_k=8),
-                 dict(steps=800, eval_every=200, log_every=20), {"plain": 3, "erc-1": 3, "erc-0.5": 3}),
-    "large": Suite(MoEConfig(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8),
-                   dict(steps=10_000, eval_every=1000, log_every=50, batch_size=64, accumulate=4, lr=1e-3, warmup=500,
-                        device="cuda"), {"plain": 3, "erc-1": 3, "erc-0.5": 3, "aoe": 3}),
+    "n16": Suite(MoEConfig(**SMALL, d_expert=64, n_experts=16, top_k=2), DEMO, dict.fromkeys(VARIANTS)),
+    "n64": Suite(MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8), DEMO, FEW),
+    "large": Suite(
+        MoEConfig(50304, 512, n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8),
+        dict(train.PRESETS["tinystories"], data="data/tinystories", eval_every=1000, log_every=50, device="cuda"),
+        {**FEW, "aoe": 3}),
 }
 
 
 def configs(suite, variant, seed):
     """(TrainConfig, MoEConfig) of one run."""
     shared, it = SUITES[suite], VARIANTS[variant]
-    settings = {"data": "data/demo", "save_every": 0, **shared.settings, **it.settings}
+    settings = {"save_every": 0, **shared.settings, **it.settings}
     settings["steps"] = int(settings["steps"] * it.length)
-    return (train.TrainConfig(out=f"out/reproduce/{suite}-{variant}-{seed}", seed=seed, **settings),
-            replace(it.shape(shared.moe), vocab_size=320))  # 257, rounded up as in train.py
+    known = {field.name for field in fields(train.TrainConfig)}  # a preset of train.py has sizes of the model, too
+    return (train.TrainConfig(out=f"out/reproduce/{suite}-{variant}-{seed}", seed=seed,
+                              **{name: value for name, value in settings.items() if name in known}),
+            it.shape(shared.moe))
 
 
 def initial_model(suite, variant, seed):
     """The variant's model, with the initial weights of the plain one, as far as names and shapes are the same."""
     torch.manual_seed(seed)
-    plain = MoETransformer(replace(SUITES[suite].moe, vocab_size=320))
+    plain = MoETransformer(SUITES[suite].moe)
     model = VARIANTS[variant].model(configs(suite, variant, seed)[1])
     ours, theirs = model.state_dict(), plain.state_dict()
     model.load_state_dict({name: theirs[name] if name in theirs and theirs[name].shape == tensor.shape else tensor
@@ -120,11 +125,14 @@ def initial_model(suite, variant, seed):
 
 
 def documents(data, every):
-    """Each `every`th validation document -> list of (number of its kind, tokens), by length; and the names of kinds."""
+    """Each `every`th validation document -> list of (number of its kind, tokens), by length; and the names of kinds.
+
+    Of data that does not know its documents, windows of 256 tokens, all of one kind.
+    """
     tokens, eot = torch.cat([shard.long() for shard in data.val]), torch.tensor([data.eot])
-    kinds = sorted({kind for kind, _, _ in data.meta["val_documents"]})
-    rows = [(kinds.index(kind), torch.cat((eot, tokens[first:end - 1])))
-            for kind, first, end in data.meta["val_documents"][::every]]
+    spans = data.meta.get("val_documents") or [("text", i, i + 256) for i in range(0, len(tokens) - 256, 256)][:320]
+    kinds = sorted({kind for kind, _, _ in spans})
+    rows = [(kinds.index(kind), torch.cat((eot, tokens[first:end - 1]))) for kind, first, end in spans[::every]]
     return sorted(rows, key=lambda row: len(row[1])), kinds
 
 
@@ -243,7 +251,8 @@ def has_router(variant):
 
 def run(suite, variant, seed):
     """Trains one variant with one seed -> its result, a dict. UserError where it did not end."""
-    config, data = configs(suite, variant, seed)[0], prepare_data.load_data("data/demo")
+    config = configs(suite, variant, seed)[0]
+    data = prepare_data.load_data(config.data)
     model, watched = initial_model(suite, variant, seed).to(train.pick_device(config.device)), []
 
     def watch(model, step):
@@ -266,7 +275,7 @@ def run(suite, variant, seed):
             one.pop("M", None)
     return dict(
         suite=suite, variant=variant, seed=seed, command=f"python experiments/reproduce.py {suite}/{variant}",
-        seconds=round(time.perf_counter() - start), floor=data.meta["entropy_floor"], date=str(date.today()),
+        seconds=round(time.perf_counter() - start), floor=data.meta.get("entropy_floor"), date=str(date.today()),
         parameters=model.num_params(), settings=settings_of(suite, variant, seed), log=log, watched=watched,
         machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         dtype=str(train.pick_dtype(config.dtype, train.pick_device(config.device)))[6:],
