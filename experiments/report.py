@@ -33,9 +33,9 @@ NAMES = {
     "plain": "plain MoE", "erc-1": "**ERC, alpha 1**", "erc-0.5": "ERC, alpha 0.5", "erc-0": "ERC, alpha 0",
     "erc-2": "ERC, alpha 2", "erc-3": "ERC, alpha 3", "erc-1-no-noise": "ERC without noise",
     "erc-1-expected": "ERC, noise in closed form", "erc-1-float32": "ERC in float32", "dense": "dense",
-    "aoe": "Autonomy-of-Experts", "orthogonal": "router orthogonalisation", "probe-up": "probe: up projection",
-    "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output",
-    "centred-1": "centred proxies (ours), alpha 1", "centred-0.5": "centred proxies (ours), alpha 0.5",
+    "aoe": "Autonomy-of-Experts", "orthogonal": "router orthogonalisation", "centred-1": "centred proxies (ours)",
+    "centred-0.5": "centred proxies, alpha 0.5", "plain-half": "plain MoE", "erc-1-half": "ERC, alpha 1",
+    "probe-up": "probe: up projection", "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output",
 }
 
 
@@ -61,20 +61,11 @@ class Results(dict):
         """of(result) for each seed; None where a variant has no such thing."""
         return [of(self[suite, variant, seed]) for seed in self.seeds(suite, variant)]
 
-    def paired(self, suite, variant, of, against="plain"):
-        """of(result) less that of plain, for each seed that both have. Half-length runs are compared half-way."""
-        pairs = []
-        for seed in self.seeds(suite, variant):
-            if (suite, against, seed) in self:
-                step = self[suite, variant, seed]["log"][-1]["step"]
-                pairs.append(of(self[suite, variant, seed]) - of(at(self[suite, against, seed], step)))
-        return pairs
-
-
-def at(result, step):
-    """A result as it stood after that step."""
-    return dict(result, log=[row for row in result["log"] if row["step"] <= step],
-                watched=[row for row in result["watched"] if row["step"] <= step])
+    def paired(self, suite, variant, of, against=None):
+        """of(result) less that of plain, for each seed that both have; half as long ones have their own plain."""
+        against = against or ("plain" if VARIANTS[variant].length == 1 else "plain-half")
+        return [of(self[suite, variant, seed]) - of(self[suite, against, seed])
+                for seed in self.seeds(suite, variant) if (suite, against, seed) in self]
 
 
 def last(name):
@@ -147,7 +138,7 @@ def cost_ratios():
 
 
 def main_table(results, suite="n16"):
-    """What came of each variant; half-length runs stand apart, since plain is compared with them half-way."""
+    """What came of each variant."""
     costs = cost_ratios() if suite == "n16" else {}
     rows = [("", "seeds", "val_ce", "less plain's, paired (95 %)", "time", "memory", "violated", "coupling",
              "agreement", "information")]
@@ -158,7 +149,7 @@ def main_table(results, suite="n16"):
         rows.append((
             NAMES[variant] + (", half as long" if half else ""), len(results.seeds(suite, variant)),
             mean_sd(values(last("val_ce")), "{:.4f}"),
-            interval(results.paired(suite, variant, last("val_ce"))) if variant != "plain" else "",
+            interval(results.paired(suite, variant, last("val_ce"))) if "plain" not in variant else "",
             *costs.get(variant, ("", "")), mean(values(last("violated")), "{:.0%}") if routed else "",
             mean(values(last("coupling"))) if routed else "",
             mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
@@ -182,7 +173,7 @@ def weights_table(results, suite="n16"):
             f"{mean(values(layers('norm_W', 0)))} to {mean(values(layers('norm_W')))}", mean(values(last("epsilon"))),
             mean(values(layers("router_cosine"))), mean(values(neuron_ratio)), mean(values(last("max_load"))),
             mean(values(last("dead"))),
-            interval(results.paired(suite, variant, late_balance)) if variant != "plain" else ""))
+            interval(results.paired(suite, variant, late_balance)) if "plain" not in variant else ""))
     return table(*rows)
 
 
@@ -246,7 +237,7 @@ def claims_table(results):
         return "(needs all runs of n16)"
     rows = [("claim", "in the paper", "here", "verdict")]
     of = lambda variant, what: statistics.mean(results.values("n16", variant, what))
-    less = lambda variant, what, against="plain": results.paired("n16", variant, what, against)
+    less = lambda variant, what, against=None: results.paired("n16", variant, what, against)
     erc, norms = of("erc-1", last("erc")), [of("erc-1", layers(name)) / of("plain", layers(name))
                                             for name in ("norm_R", "norm_W")]
     rows.append(("ERC falls to about 0, and not because norms of R and W_g collapse", "yes",

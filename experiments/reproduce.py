@@ -72,6 +72,8 @@ VARIANTS = {
     "centred-1": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(1.0, seed)),
     "centred-0.5": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(0.5, seed)),
     "orthogonal": Variant(3, PLAIN, extra_loss=lambda seed: variants.orthogonality),
+    "plain-half": Variant(3, PLAIN, length=0.5),  # what half as long a run is compared with
+    "erc-1-half": Variant(3, dict(erc_weight=1.0), length=0.5),
     **{f"probe-{where}": Variant(3, PLAIN, extra_loss=lambda seed, where=where: variants.probe_loss(where, seed=seed),
                                  length=0.5) for where in ("up", "swiglu", "output")},
 }

@@ -203,22 +203,21 @@ def test_an_interval_is_students():
 
 
 def made_results(**val_ce):
-    """Results with these val_ce, a list over seeds: at step 400 twice as much as at the end, 800."""
+    """Results with these val_ce, a list over seeds."""
     results = report.Results.__new__(report.Results)
     results.missing = []
     for variant, values in val_ce.items():
         for seed, value in enumerate(values):
-            steps = (400,) if variant == "half" else (400, 800)
-            results["n16", variant, seed] = dict(log=[dict(step=s, val_ce=value * 800 / s) for s in steps], watched=[])
+            results["n16", variant.replace("_", "-"), seed] = dict(log=[dict(val_ce=value)], watched=[])
     return results
 
 
-def test_differences_are_taken_seed_by_seed_and_at_the_same_step():
-    """Only seeds that both have; a run of half the length is compared with plain half-way."""
-    results = made_results(plain=[1.0, 2.0, 3.0], other=[1.5, 2.75], half=[1.25])
+def test_differences_are_taken_seed_by_seed_and_between_runs_of_one_length():
+    """Only seeds that both have; a run of half the length is compared with a plain one of half the length."""
+    results = made_results(plain=[1.0, 2.0, 3.0], plain_half=[4.0], dense=[1.5, 2.75], probe_up=[4.25, 9.0])
     of = report.last("val_ce")
-    assert results.paired("n16", "other", of) == [0.5, 0.75]
-    assert results.paired("n16", "half", of) == [2 * 1.25 - 2 * 1.0]
+    assert results.paired("n16", "dense", of) == [0.5, 0.75]
+    assert results.paired("n16", "probe-up", of) == [0.25]
 
 
 def test_tables_go_below_their_marks_and_nowhere_else():
