@@ -90,7 +90,7 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-@torch.no_grad()  # a constant of the loss: with a gradient here, rows would move apart just to widen their own noise
+@torch.no_grad()  # a constant of the loss: with a gradient here, rows would move just to be shaken less
 def noise_bound(R):
     """How far each router row may be shaken (step 1).  R [n, d] -> epsilon [n], relative to the row's length.
 
@@ -109,7 +109,8 @@ def perturb(R, epsilon, generator=None):
     """Proxy tokens (step 1).  R [n, d], epsilon [n] -> R_tilde [n, d].
 
     One factor per feature, drawn from `generator` (on R's device) or else from torch's global stream. A single factor
-    per row would only rescale a row of M, and test nothing. The gradient reaches R; epsilon and delta are constants.
+    per row would change a proxy's length and never its direction. The gradient reaches R; epsilon and delta are
+    constants.
     """
     R = at_least_float32(R)
     with torch.no_grad():
@@ -129,10 +130,12 @@ def activation_norms(R, W_g, epsilon=None):
     with torch.autocast(R.device.type, enabled=False):  # bf16 keeps 8 bits: too few to compare norms that are close
         R, W_g = at_least_float32(R), at_least_float32(W_g)
         # `expand` hands every expert the same proxies without copying them; `einsum` would copy all of W_g.
-        M = torch.linalg.vector_norm(torch.bmm(R.expand(n, *R.shape), W_g), dim=-1).T  # (n, n, D) -> (n, n)
+        response = torch.bmm(R.expand(n, *R.shape), W_g)                               # (n, n, D): [expert, proxy]
+        M = torch.linalg.vector_norm(response, dim=-1).T                               # (n, n): [proxy, expert]
         if epsilon is None:
             return M
-        # E_delta ||(R[i]*delta) W||^2 = ||R[i] W||^2 + epsilon_i^2 / 3 * sum_k R[i,k]^2 ||W[k,:]||^2
+        # E_delta ||(R[i]*delta) W||^2 = ||R[i] W||^2 + epsilon_i^2 / 3 * sum_k R[i,k]^2 ||W[k,:]||^2, for 1/3 is the
+        # variance of Uniform(-1, 1), and features are drawn independently, so that their cross terms vanish
         spread = (R * epsilon[:, None].to(R.dtype)).square() / 3                       # (n, d)
         mean_square = M.square() + spread @ W_g.square().sum(dim=-1).T                 # (n, n)
         # The slope of the root is infinite at 0, and inf * 0 is NaN: where there is nothing, take no root.
@@ -149,8 +152,10 @@ def coupling_hinge(M, alpha=1.0):
     n = M.size(0)
     own = alpha * M.diagonal()                                                         # (n,)
     # L = 1/n^2 sum_i sum_{j != i} max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0)
-    broken = torch.relu(M - own[:, None]) + torch.relu(M - own[None, :])               # (n, n) + (n, n)
-    return broken.masked_fill(torch.eye(n, dtype=torch.bool, device=M.device), 0).sum() / n**2
+    row = torch.relu(M - own[:, None])                                                 # (n, n)
+    column = torch.relu(M - own[None, :])                                              # (n, n), with i and j swapped
+    itself = torch.eye(n, dtype=torch.bool, device=M.device)  # below alpha 1, the diagonal would count against itself
+    return (row + column).masked_fill(itself, 0).sum() / n**2
 
 
 def erc_loss(R, W_g, alpha=1.0, noise="sample", generator=None):
@@ -177,7 +182,7 @@ def coupling_report(M, alpha=1.0):
     """What to watch.  M [n, n] -> (violated, coupling), two scalar tensors.
 
     violated: share of the 2n(n-1) constraints of step 3 that M breaks. coupling: mean M[i,i] / mean M[i,j], free of
-    the scale of the weights; about 1 in a model that knows no coupling.
+    the scale of the weights; about 1 at random weights.
     """
     n = M.size(0)
     own, off = M.diagonal(), ~torch.eye(n, dtype=torch.bool, device=M.device)          # (n,), (n, n)
@@ -202,7 +207,7 @@ def z_loss(logits):
     return logits.logsumexp(dim=-1).square().mean()
 
 
-def weight(*shape, std):
+def parameter(*shape, std):
     """A parameter drawn from N(0, std^2)."""
     return nn.Parameter(torch.randn(shape) * std)
 
@@ -211,7 +216,8 @@ class TakeRows(torch.autograd.Function):
     """y = x[source], for a `source` that names each row of x equally often; `copies` lists where, row by row.
 
     The gradient of x[source] adds up copies of a row. PyTorch would scatter them with atomic additions, in any order,
-    so that two equal runs differ. Since we know where each row went, we gather its copies and sum them instead.
+    so that two equal runs differ. Since we know where each row went, we gather its copies and sum them instead. (What
+    `source` says in filler rows, see `dispatch`, is not listed, and gets no gradient.)
     """
 
     @staticmethod
@@ -237,6 +243,8 @@ def dispatch(experts, n, block=1):
     rows of expert j end, and load[j] how many they are. No shape depends on the routing, so nothing recompiles, and in
     bf16 on a Hopper GPU nothing waits (elsewhere grouped_mm loops over experts); a stable sort makes equal runs equal
     to the bit. With block > 1, filler rows round each expert's rows up to a multiple of it; pair is 0 in them.
+
+    Three tokens that chose experts (2, 0), (0, 1), (2, 1): pair 1, 2, 3, 5, 0, 4; row 4, 0, 1, 2, 5, 3; ends 2, 4, 6.
     """
     experts = experts.flatten()                                                        # (S,)
     pairs = torch.arange(len(experts), device=experts.device)                          # (S,) 0, 1, 2, ...
@@ -272,11 +280,11 @@ class MoE(nn.Module):
         super().__init__()
         n, d, D = config.n_experts, config.d_model, config.d_expert
         self.top_k, self.renormalize = config.top_k, config.renormalize
-        self.R = weight(n, d, std=d**-0.5)
-        self.W_g = weight(n, d, D, std=d**-0.5)
-        self.W_p = weight(n, d, D, std=d**-0.5)
+        self.R = parameter(n, d, std=d**-0.5)  # rows of length about 1, so that logits start at about 1, too
+        self.W_g = parameter(n, d, D, std=d**-0.5)
+        self.W_p = parameter(n, d, D, std=d**-0.5)
         # 2L layers add to the residual stream: this keeps its variance from growing with L (GPT-2)
-        self.W_o = weight(n, D, d, std=(2 * config.n_layers * D) ** -0.5)
+        self.W_o = parameter(n, D, d, std=(2 * config.n_layers * D) ** -0.5)
 
     def route(self, x):
         """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K]; always with the clean R."""
@@ -294,8 +302,8 @@ class MoE(nn.Module):
         logits, probs, weights, experts = self.route(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # On a CPU, bf16 compiles a kernel for each number of rows that it has not met before; so let it meet few.
-        few = x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        pair, row, ends, load = dispatch(experts, probs.size(-1), block=64 if few else 1)
+        fill = x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        pair, row, ends, load = dispatch(experts, probs.size(-1), block=64 if fill else 1)
 
         # Experts: W_o (silu(x W_g) * (x W_p)), each on its own block of rows, which ends where `ends` says.
         # The grouped product knows no autocast, so we cast. The routing weight could as well scale the output: W_o is
@@ -342,7 +350,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)        # (B, H, T, d/H) each
         if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # where the plain way is twice as fast as the fused
             later = torch.full((T, T), -math.inf, dtype=v.dtype).triu(diagonal=1)      # (T, T)
-            y = (q * q.size(-1) ** -0.5 @ k.mT + later).softmax(dim=-1).to(v.dtype) @ v        # (B, H, T, d/H)
+            y = ((q * q.size(-1) ** -0.5) @ k.mT + later).softmax(dim=-1).to(v.dtype) @ v        # (B, H, T, d/H)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                # (B, H, T, d/H)
         return self.o(y.transpose(1, 2).reshape(B, T, d))                              # (B, T, d)
@@ -472,10 +480,10 @@ def heat_map(M):
 
 
 if __name__ == "__main__":
-    # The loss at work on random weights, without any data: before, experts know nothing of their proxies; after, the
-    # diagonal of M is the largest entry of its row and of its column.
+    # The loss at work on random weights, without any data: before, experts know nothing of their proxies; after 60
+    # steps of Adam, the diagonal of M is the largest entry of its row and column. (M is shown without noise.)
     torch.manual_seed(0)
-    R, W_g = weight(8, 64, std=64**-0.5), weight(8, 64, 32, std=64**-0.5)
+    R, W_g = parameter(8, 64, std=64**-0.5), parameter(8, 64, 32, std=64**-0.5)
     optimizer = torch.optim.Adam([R, W_g], lr=3e-3)
     for step in range(61):
         loss = erc_loss(R, W_g)

@@ -100,8 +100,8 @@ def test_each_feature_has_its_own_uniform_factor_around_one(erc):
     u = (delta - 1) / epsilon[:, None]
     assert u.abs().max() <= 1 + 1e-4, f"a factor left its bound: {u.abs().max():.4f} of epsilon"
     assert u.mean().abs() < 0.01 and abs(u.square().mean() - 1 / 3) < 0.005, f"{u.mean():.4f}, {u.square().mean():.4f}"
-    corner = torch.corrcoef(u.flatten(1).T) - torch.eye(n * d)  # between features, and between rows
-    assert corner.abs().max() < 0.1, f"features {corner.abs().max():.2f} correlated; noise must be drawn for each"
+    correlation = torch.corrcoef(u.flatten(1).T) - torch.eye(n * d)  # between features, and between rows
+    assert correlation.abs().max() < 0.1, f"features {correlation.abs().max():.2f} correlated; noise must be drawn for each"
 
 
 def test_same_generator_same_noise_and_the_global_stream_is_left_alone(erc):
@@ -376,9 +376,9 @@ MISTAKES = {
     "one noise factor for a whole row": (
         "torch.rand(R.shape,", "torch.rand((R.size(0), 1),", test_each_feature_has_its_own_uniform_factor_around_one),
     "the column term missing": (
-        " + torch.relu(M - own[None, :])", "", test_a_column_that_prefers_another_proxy_costs_its_excess),
+        "(row + column)", "row", test_a_column_that_prefers_another_proxy_costs_its_excess),
     "the row term missing": (
-        "torch.relu(M - own[:, None]) + ", "", test_a_row_that_prefers_another_expert_costs_its_excess),
+        "(row + column)", "column", test_a_row_that_prefers_another_expert_costs_its_excess),
     "the up matrix instead of the gate": (
         "erc_loss(moe.R, moe.W_g,", "erc_loss(moe.R, moe.W_p,",
         test_in_the_model_it_trains_R_and_W_g_and_no_other_parameter),
@@ -388,7 +388,8 @@ MISTAKES = {
     "a gradient through epsilon": (
         "@torch.no_grad()  # a constant of the loss", "# a constant of the loss",
         test_epsilon_is_half_the_relative_distance_to_the_nearest_other_row),
-    "M transposed": ("W_g), dim=-1).T  #", "W_g), dim=-1)  #", test_M_ij_is_the_response_of_expert_j_to_proxy_i),
+    "M transposed": (
+        "(response, dim=-1).T", "(response, dim=-1)", test_M_ij_is_the_response_of_expert_j_to_proxy_i),
     "the mean over n(n-1) pairs instead of n^2": (
         ", 0).sum() / n**2", ", 0).sum() / (n * (n - 1))", test_two_experts_by_hand),
     "the sum over layers": ("self.moe_layers()]).mean()", "self.moe_layers()]).sum()",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import erc_moe
-from erc_moe import MoE, MoEStats, MoETransformer, TakeRows, at_least_float32, weight
+from erc_moe import MoE, MoEStats, MoETransformer, TakeRows, at_least_float32, parameter
 from train import keyed_generator
 
 
@@ -47,10 +47,10 @@ class AoE(MoE):
         # Each by its fan-in. Then W_down @ W_up starts as W_g does in MoE, with std sqrt(r) * d^-0.5 * r^-0.5 = d^-0.5.
         # A token with features of size 1 has x W_down[i] of size 1, too, and norms around sqrt(r) with std 1/sqrt(2):
         # the mean is nothing to the softmax, and the spread is about that of the logits in MoE, 1.
-        self.W_down = weight(n, d, r, std=d**-0.5)
-        self.W_up = weight(n, r, D, std=r**-0.5)
-        self.W_p = weight(n, d, D, std=d**-0.5)
-        self.W_o = weight(n, D, d, std=(2 * config.n_layers * D) ** -0.5)
+        self.W_down = parameter(n, d, r, std=d**-0.5)
+        self.W_up = parameter(n, r, D, std=r**-0.5)
+        self.W_p = parameter(n, d, D, std=d**-0.5)
+        self.W_o = parameter(n, D, d, std=(2 * config.n_layers * D) ** -0.5)
         self.register_buffer("R", torch.full((n, d), torch.nan), persistent=False)
 
     @property

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import reproduce
+import report
 import torch
 
 import erc_moe
@@ -16,7 +16,7 @@ import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"(?:<!-- (?P<note>.*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
 
 
@@ -103,7 +103,7 @@ def test_the_commands_parse(command, monkeypatch):
 def test_the_console_output_is_that_of_a_real_run():
     """Each line of the first output stands, in this order, in the committed console of that run."""
     (block,) = [block for block in BLOCKS if (block["note"] or "").startswith("output")]
-    console = (reproduce.RESULTS / block["note"].split()[1]).read_text(encoding="utf-8").splitlines()
+    console = (ROOT / block["note"].split()[1]).read_text(encoding="utf-8").splitlines()
     position = 0
     for line in block["text"].splitlines():
         if line.strip() == "...":
@@ -112,16 +112,29 @@ def test_the_console_output_is_that_of_a_real_run():
         position = console.index(line, position) + 1
 
 
-def test_the_table_is_that_of_the_result_files():
-    """The comparison in the README is what the result files give."""
-    assert reproduce.table() in README, "the README's table is not:\n" + reproduce.table()
+@pytest.mark.parametrize("path", report.TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tables_are_those_of_the_result_files(path):
+    """Every marked table, here and beside the results, is what the result files give: each number of it."""
+    text = path.read_text(encoding="utf-8")
+    now = report.filled(text, report.Results())
+    different = [line for line in text.splitlines() if line not in now.splitlines()]
+    assert text == now, f"run python experiments/report.py --write; not in the result files: {different[:3]}"
+    assert len(report.MARK.findall(text)) >= 2, "no tables were found: this test is blind"
+
+
+@pytest.mark.parametrize("path", report.TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_picture_is_there(path):
+    """Images that the texts show lie where they say."""
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", path.read_text(encoding="utf-8"))
+    missing = [name for name in pictures if not (path.parent / name).exists()]
+    assert pictures and not missing, missing
 
 
 def test_every_file_it_names_exists():
     """Files in backticks are there, unless a run makes them."""
     made = {"log.csv", "my_notes.txt"}
     named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|csv|md))`", README)) - made
-    missing = [name for name in named if not (ROOT / name).exists()]
+    missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "experiments" / name).exists())]
     assert named and not missing, missing
 
 
