@@ -364,6 +364,7 @@ class Run:
         # A multiple of 64 rows makes the largest matrix product faster on a GPU; the ids added never occur.
         self.model = (model or MoETransformer(replace(moe, vocab_size=-(-self.data.vocab_size // 64) * 64))).to(device)
         self.context = self.model.config.context_length
+        self.step_tokens = config.batch_size * config.accumulate * self.processes * self.context
         self.val = validation_batches(self.data, self.context, config.batch_size)
         decayed, others = ([p for p in self.model.parameters() if (p.ndim >= 2) == yes] for yes in (True, False))
         self.optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=config.weight_decay),
@@ -437,6 +438,14 @@ class Run:
             total += loss.detach()
         return total
 
+    def measure(self, step, means, load, erc, norm):
+        """What log.csv says of a step, but for its speed and evaluation -> dict of numbers."""
+        share = load / load.sum(dim=1, keepdim=True)                                   # (L, n)
+        return dict(zip(("ce", "balance", "z"), means.tolist()), step=step, tokens=step * self.step_tokens,
+                    erc=erc.item(), **coupling(self.model, self.config.erc_alpha), dead=int((load == 0).sum()),
+                    max_load=share.max().item() * load.size(1), lr=learning_rate(self.config, step),
+                    grad_norm=norm.item())
+
     def update(self, step, norm, ce):
         """Takes the step, unless the gradient is not finite: then the weights stay as they are.
 
@@ -495,7 +504,7 @@ def signals_caught():
 def describe(run):
     """The lines above the log: what runs on what, and at what cost."""
     config, shape, (total, active) = run.config, run.model.config, run.model.num_params()
-    tokens = config.batch_size * config.accumulate * run.processes * run.context
+    tokens = run.step_tokens
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     floor = run.data.meta.get("entropy_floor")
     erc_cost = shape.n_experts**2 / (3 * shape.top_k * tokens)  # 6 n^2 dD for a step, 18 K dD for each of its tokens
@@ -528,7 +537,6 @@ def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None
     if resume:
         run.restore(resume)
     is_main = run.rank == 0  # the one process that writes
-    step_tokens = config.batch_size * config.accumulate * run.processes * run.context
     with (contextlib.ExitStack() as stack, signals_caught() as signals,
           tqdm(total=config.steps, initial=run.step, unit="step", disable=None if is_main else True) as bar):
         if is_main:
@@ -553,10 +561,7 @@ def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None
                 extra_loss(run.model).backward()
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             if logs:  # before the update, of the weights that ce is of
-                row = dict(zip(("ce", "balance", "z"), means.tolist()), step=step, tokens=step * step_tokens,
-                           erc=erc.item(), **coupling(run.model, config.erc_alpha), dead=int((load == 0).sum()),
-                           max_load=(load / load.sum(dim=1, keepdim=True)).max().item() * load.size(1),
-                           grad_norm=norm.item())
+                row = run.measure(step, means, load, erc, norm)
             run.update(step, norm, means[0])
             bar.update()
             caught = run.anywhere(signals)
@@ -564,8 +569,7 @@ def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None
             if logs or saves or run.device.type != "cuda":  # which would have to wait for the answer
                 run.check_finite()
             if logs:
-                row.update(lr=learning_rate(config, step),
-                           tokens_per_s=(step - timed_from) * step_tokens / (time.perf_counter() - clock))
+                row["tokens_per_s"] = (step - timed_from) * run.step_tokens / (time.perf_counter() - clock)
                 if evaluates:
                     row["val_ce"], row["agreement"] = evaluate(run.model, run.val, run.device, run.autocast)
                     if watch:
