@@ -8,8 +8,8 @@ call `add_erc_gradient(model, step)` once per optimizer step, where `training_st
 * Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch, or divided by their
   number, it counts too much or too little. Add it once, after the last of them.
 * GradScaler. Its factor is on the gradients until scaler.unscale_(optimizer). Add after that, and before clipping.
-* Autocast. Norms that lie close together tie in bfloat16. The block computes them in float32 even inside autocast; but
-  backward, called inside, does not. It is turned off here.
+* Autocast. Norms that lie close together tie in bfloat16. erc_loss computes in float32 even inside autocast, but its
+  backward, called inside, does not: stay outside. (`add_erc_gradient` sees to it.)
 * DDP. It averages gradients within backward; what comes later is averaged by no one. So add it after the last backward,
   on every process, with the same noise: then all add the same. Hence the noise comes from `step`, and not from torch's
   global stream, which dropout reads too, and which differs between processes.
@@ -99,7 +99,7 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0):
     layers, losses = len(moe_layers(model)), []
     for i, (R, W_g) in enumerate(routers_and_gates(model)):  # layer by layer: only one's n * n responses [D] are alive
         noise = torch.Generator(R.device).manual_seed(step * layers + i)
-        with torch.autocast(R.device.type, enabled=False):  # backward, too, would compute as the caller's autocast says
+        with torch.autocast(R.device.type, enabled=False):  # else the caller's autocast would be that of backward
             losses.append(erc_loss(R, W_g, alpha, generator=noise) / layers)
             if losses[-1].requires_grad:  # a frozen layer counts in the mean, and learns nothing
                 (weight * losses[-1]).backward()

@@ -33,6 +33,7 @@ def made_up(variant, seed):
     log[-1]["val_ce"] = draw.uniform(0.25, 0.3)
     watched = [dict(step=step, kinds=["program", "story"], agreement=several(LAYERS), information=several(LAYERS),
                     cosine=several(LAYERS) if router else [None] * LAYERS) for step in STEPS]
+    watched[0]["agreement"][0] = watched[0]["agreement"][0] if router else None
     watched[-1]["counts"] = [[[draw.randint(0, 9) for _ in range(N)] for _ in range(2)] for _ in range(LAYERS)]
     if router and seed == 0:
         watched[-1]["M"] = [[several(N) for _ in range(N)] for _ in range(LAYERS)]
