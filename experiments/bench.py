@@ -22,6 +22,7 @@ import csv
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -40,6 +41,7 @@ from olmoe import LAYER_NAMES
 import prepare_data
 import train
 from erc_moe import MoE, MoEConfig, MoEStats, MoETransformer, balance_loss, erc_loss, z_loss
+from prepare_data import UserError
 from train import Run, TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,11 +96,11 @@ def setup_for(quick, rounds, scratch):
 
 
 def interleave(functions, setup):
-    """Runs each function(round) once per round, beginning with another one each time -> {name: [seconds, ...]}."""
+    """Runs each function(round) once per round, in another order each time -> {name: [seconds, ...]}."""
     names, times = list(functions), {name: [] for name in functions}
     wait = torch.cuda.synchronize if setup.device.type == "cuda" else lambda: None
     for r in range(setup.warmup + setup.rounds):
-        for name in names[r % len(names):] + names[: r % len(names)]:
+        for name in random.Random(r).sample(names, len(names)):  # so that nobody always has the same predecessor
             wait()
             start = time.perf_counter()
             functions[name](r)
@@ -118,11 +120,11 @@ class LoopMoE(MoE):
         shape, x = x.shape, x.flatten(0, 1)                                            # (N, d)
         logits, probs, weights, experts = self.route(x)
         y = torch.zeros_like(x)
-        for j in range(len(self.R)):
+        for j, (W_g, W_p, W_o) in enumerate(zip(self.W_g.unbind(), self.W_p.unbind(), self.W_o.unbind())):
             token, choice = (experts == j).nonzero(as_tuple=True)                      # (rows,), (rows,)
             rows = x[token]                                                            # (rows, d)
-            h = F.silu(rows @ self.W_g[j]) * (rows @ self.W_p[j])                      # (rows, D)
-            y.index_add_(0, token, ((h @ self.W_o[j]) * weights[token, choice, None]).to(y.dtype))
+            h = F.silu(rows @ W_g) * (rows @ W_p)                                      # (rows, D)
+            y.index_add_(0, token, ((h @ W_o) * weights[token, choice, None]).to(y.dtype))
         load = torch.bincount(experts.flatten(), minlength=len(self.R))                # (n,)
         return y.view(shape), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
@@ -323,8 +325,9 @@ def measure_memory(setup):
     for name in ("tinystories", "openwebtext"):
         config, moe = train.configs({**train.PRESETS[name], "data": setup.data, "device": str(setup.device)})
         run = Run(config, None, MoETransformer(replace(moe, vocab_size=50304)))
+        take_step(run, 1, erc=True)  # at the end of which the optimizer makes room for its moments
         torch.cuda.reset_peak_memory_stats()
-        take_step(run, 1, erc=True)
+        take_step(run, 2, erc=True)
         peak[name] = torch.cuda.max_memory_allocated()
         del run
     return dict(bytes=peak)
@@ -427,7 +430,10 @@ def show(name, result):
     about = (f"{result['device']}, {result['threads']} threads, torch {result['torch']}, transformers"
              f" {result['transformers']}, Python {result['python']}, {result['date']}, seed {result['seed']},"
              f" {result['rounds']} rounds: `{result['command']}`")
-    return f"## {name}\n\n{about}\n\n{SECTIONS[name][1](result)}\n"
+    try:
+        return f"## {name}\n\n{about}\n\n{SECTIONS[name][1](result)}\n"
+    except KeyError as error:
+        raise UserError(f"section {name} was measured by another version; run bench.py --only {name}") from error
 
 
 def about(setup, argv):

@@ -6,9 +6,10 @@
 A table stands in a text below a line `<!-- table: NAME -->`, up to the next empty line; --write replaces it there. The
 figures go to results/figures and need matplotlib (pip install matplotlib).
 
-Differences to plain are paired: the same seed has the same batches and initial weights, so the difference is taken seed
-by seed, and then averaged. Behind ± stands the standard deviation over seeds; in brackets the 95 % confidence interval
-of the mean (Student's t).
+Differences to plain are paired: the same seed has the same batches and initial weights, so the difference is taken
+seed by seed, and then averaged. Behind ± stands the standard deviation over seeds; in brackets, from three seeds on,
+the 95 % confidence interval of the mean (Student's t). Pairing shares data and beginning, not the noise of a run: a
+difference in the last bit of one step is enough for another end. And all rows share plain's seeds, hence their luck.
 """
 
 import json
@@ -28,12 +29,13 @@ from prepare_data import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = (ROOT / "README.md", RESULTS / "README.md")
-T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # of Student's t, by degrees of freedom
+T_975 = {2: 4.30, 3: 3.18, 4: 2.78}  # of Student's t, by degrees of freedom
 NAMES = {
     "plain": "plain MoE", "erc-1": "**ERC, alpha 1**", "erc-0.5": "ERC, alpha 0.5", "erc-0": "ERC, alpha 0",
-    "erc-2": "ERC, alpha 2", "erc-3": "ERC, alpha 3", "erc-1-no-noise": "ERC without noise",
-    "erc-1-expected": "ERC, noise in closed form", "erc-1-float32": "ERC in float32", "dense": "dense",
-    "aoe": "Autonomy-of-Experts", "orthogonal": "router orthogonalisation", "centred-1": "centred proxies (ours)",
+    "erc-2": "ERC, alpha 2 (placebo)", "erc-3": "ERC, alpha 3", "erc-1-no-noise": "ERC without noise",
+    "erc-1-expected": "ERC, noise in closed form", "erc-1-float32": "ERC, trained in float32", "dense": "dense",
+    "aoe": "Autonomy-of-Experts", "aoe-no-z": "the same without z-loss",
+    "orthogonal": "router orthogonalisation", "centred-1": "centred proxies (ours)",
     "centred-0.5": "centred proxies, alpha 0.5", "plain-half": "plain MoE", "erc-1-half": "ERC, alpha 1",
     "probe-up": "probe: up projection", "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output",
 }
@@ -47,9 +49,14 @@ class Results(dict):
             for path in sorted((RESULTS / suite).glob("*-[0-9].json")):
                 result = reproduce.load(path)
                 self[suite, result["variant"], result["seed"]] = result
-            self.missing = []
-        for name in (f"{suite}/{variant}" for suite in ("n16", "n64") for variant in SUITES[suite].names):
-            self.missing += [job for job in reproduce.jobs([name]) if job not in self]
+        for of in ("dtype", "torch", "floor"):
+            for suite in SUITES:
+                found = {self[job][of] for job in self if job[0] == suite and job[1] != "erc-1-float32"}
+                if len(found) > 1:
+                    raise UserError(f"the results of {suite} differ in {of}: {', '.join(map(str, found))}; move"
+                                    " those of one kind away, and run them again")
+        names = [f"{suite}/{variant}" for suite in ("n16", "n64") for variant in SUITES[suite].names]
+        self.missing = [job for job in reproduce.jobs(names) if job not in self]
 
     def seeds(self, suite, variant):
         return sorted(seed for s, v, seed in self if (s, v) == (suite, variant))
@@ -112,7 +119,7 @@ def bounds(values):
 
 def interval(values, form="{:+.4f}"):
     """"mean (95 % confidence interval)"."""
-    if len(values) < 2:
+    if len(values) < 3:
         return ""
     low, high = bounds(values)
     return f"{form.format(statistics.mean(values))} ({form.format(low)} to {form.format(high)})"
@@ -127,31 +134,34 @@ def table(*rows):
 
 
 def cost_ratios():
-    """{variant: (time / plain's, memory / plain's)} of cost.json, as text; empty where it is not measured."""
+    """{variant: (time / plain's, memory / plain's)} of cost.json, two floats; empty where it is not measured."""
     path = RESULTS / "n16" / "cost.json"
     if not path.exists():
         return {}
     cost = json.loads(path.read_text(encoding="utf-8"))
-    plain = cost["seconds"]["plain"], sum(cost["bytes"]["plain"].values())
-    return {name: (f"{statistics.median(a / b for a, b in zip(cost['seconds'][name], plain[0])):.2f}",
-                   f"{sum(cost['bytes'][name].values()) / plain[1]:.2f}") for name in cost["seconds"]}
+    times, memory = cost["seconds"], {name: sum(kept.values()) for name, kept in cost["bytes"].items()}
+    return {name: (statistics.median(a / b for a, b in zip(times[name], times["plain"])),
+                   memory[name] / memory["plain"]) for name in times}
 
 
-def main_table(results, suite="n16"):
-    """What came of each variant."""
+def main_table(results, suite="n16", length=1.0):
+    """What came of each variant, of those as long as `length` times the suite's steps."""
     costs = cost_ratios() if suite == "n16" else {}
     rows = [("", "seeds", "val_ce", "less plain's, paired (95 %)", "time", "memory", "violated", "coupling",
              "agreement", "information")]
     for variant in results.variants(suite):
+        if VARIANTS[variant].length != length:
+            continue
         values = lambda of, variant=variant: results.values(suite, variant, of)
-        half = VARIANTS[variant].length < 1
-        routed = reproduce.has_router(variant) and variant != "dense"
+        judged = reproduce.has_coupling(variant) and not variant.startswith(("centred", "probe"))  # by another M
         rows.append((
-            NAMES[variant] + (", half as long" if half else ""), len(results.seeds(suite, variant)),
+            NAMES[variant], len(results.seeds(suite, variant)),
             mean_sd(values(last("val_ce")), "{:.4f}"),
-            interval(results.paired(suite, variant, last("val_ce"))) if "plain" not in variant else "",
-            *costs.get(variant, ("", "")), mean(values(last("violated")), "{:.0%}") if routed else "",
-            mean(values(last("coupling"))) if routed else "",
+            interval(results.paired(suite, variant, last("val_ce")))
+            if variant not in ("plain", "plain-half", "erc-1-float32") else "",
+            *([f"{ratio:.2f}" for ratio in costs.get(variant, ())] or ("", "")),
+            mean(values(last("violated")), "{:.0%}") if judged else "",
+            mean(values(last("coupling"))) if judged else "",
             mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
             mean(values(layers("information"))) if variant != "dense" else ""))
     if not costs:
@@ -164,7 +174,7 @@ def weights_table(results, suite="n16"):
     rows = [("", "norm of R's rows, start to end", "spread of these norms", "norm of W_g[j], start to end", "epsilon",
              "router cosine", "neurons, within / between", "max_load", "dead", "balance less plain's, paired (95 %)")]
     for variant in results.variants(suite):
-        if not reproduce.has_router(variant) or variant == "dense":
+        if not reproduce.has_coupling(variant):
             continue
         values = lambda of, variant=variant: results.values(suite, variant, of)
         rows.append((
@@ -182,12 +192,10 @@ def tokens_table(results, suite="n16"):
     rows = [("", "agreement at the start", "a quarter in", "half-way", "three quarters", "end", "end, by layer",
              "among the K", "response", "cosine to R", "centre to R", "both less their means", "violated by centres")]
     for variant in results.variants(suite):
-        if variant == "dense":
+        if variant == "dense" or VARIANTS[variant].length != 1:
             continue
         values = lambda of, variant=variant: results.values(suite, variant, of)
-        count = len(results[suite, variant, 0]["watched"])
-        over = [mean(values(layers("agreement", i)), "{:.0%}") for i in range(count)]
-        over = over if count == 5 else [over[0], over[1], over[2], "", ""]
+        over = [mean(values(layers("agreement", i)), "{:.0%}") for i in range(5)]
         by_layer = zip(*values(lambda result: result["watched"][-1]["agreement"]))
         rows.append((
             NAMES[variant], *over, ", ".join(f"{statistics.mean(layer):.0%}" for layer in by_layer),
@@ -197,24 +205,24 @@ def tokens_table(results, suite="n16"):
     return table(*rows)
 
 
+def of_pair(name, i, step):
+    """A function of a result: the mean over layers of the i-th of two numbers that were measured."""
+    return lambda result: statistics.mean(pair[i] for pair in result["watched"][step][name])
+
+
 def noise_table(results, suite="n16"):
     """The three ways to take the noise: is the closed form the mean of the draws, and how much do draws matter?"""
-    rows = [("trained with", "at", "without noise", "closed form", "mean of 64 draws", "sd of draws",
-             "grad_norm, mean over the run", "its sd over the last half", "val_ce, sd over seeds")]
-    half = lambda name: lambda result: [row[name] for row in result["log"][len(result["log"]) // 2:]]
+    rows = [("trained with", "at", "ERC loss without noise", "closed form", "mean of 64 draws", "sd of a layer's draws",
+             "gradient in an expert's W_g", "sd of grad_norm over seeds, same step")]
     for variant in ("erc-1", "erc-1-no-noise", "erc-1-expected", "plain"):
-        if variant not in results.variants(suite):
-            continue
-        values = lambda of, variant=variant: results.values(suite, variant, of)
-        drawn = lambda i, step: lambda result: statistics.mean(pair[i] for pair in result["watched"][step]["drawn"])
-        for step, name in ((0, "start"), (-1, "end")):
-            ends = ("", "", "") if step == 0 else (
-                mean(values(lambda result: statistics.mean(row["grad_norm"] for row in result["log"]))),
-                mean(values(lambda result: statistics.stdev(half("grad_norm")(result)))),
-                f"{statistics.stdev(values(last('val_ce'))):.4f}" if len(values(last("val_ce"))) > 1 else "")
-            rows.append((NAMES[variant] if step == 0 else "", name, mean(values(layers("none", step)), "{:.4f}"),
-                         mean(values(layers("expected", step)), "{:.4f}"), mean(values(drawn(0, step)), "{:.4f}"),
-                         mean(values(drawn(1, step)), "{:.4f}"), *ends))
+        norms = zip(*results.values(suite, variant, lambda result: [row["grad_norm"] for row in result["log"]]))
+        spread = [statistics.stdev(step) for step in norms] if len(results.seeds(suite, variant)) > 1 else [0.0]
+        for step, when in ((0, "start"), (-1, "end")):
+            values = [mean(results.values(suite, variant, of), "{:.4f}") for of in (
+                layers("none", step), layers("expected", step), of_pair("drawn", 0, step), of_pair("drawn", 1, step),
+                of_pair("touched", 0, step), of_pair("touched", 1, step))]
+            rows.append(("" if step else NAMES[variant], when, *values[:4], " to ".join(values[4:]),
+                         f"{statistics.mean(spread):.3f}" if step else ""))
     return table(*rows)
 
 
@@ -222,13 +230,11 @@ def noise_table(results, suite="n16"):
 
 
 def verdict_of(values, wanted):
-    """Of paired differences: whether they lie below 0, above 0, or (wanted: 0) are not told from 0."""
+    """Of paired differences, by their interval: wanted -1, that they are below 0; +1, above; None, either of these."""
     low, high = bounds(values)
-    if wanted == 0:
-        return "seen" if low <= 0 <= high else "contradicted"
     if low <= 0 <= high:
         return "not seen at this scale"
-    return "seen" if (high < 0) == (wanted < 0) else "contradicted"
+    return "seen" if wanted is None or (high < 0) == (wanted < 0) else "contradicted"
 
 
 def claims_table(results):
@@ -238,44 +244,62 @@ def claims_table(results):
     rows = [("claim", "in the paper", "here", "verdict")]
     of = lambda variant, what: statistics.mean(results.values("n16", variant, what))
     less = lambda variant, what, against=None: results.paired("n16", variant, what, against)
+
     erc, norms = of("erc-1", last("erc")), [of("erc-1", layers(name)) / of("plain", layers(name))
                                             for name in ("norm_R", "norm_W")]
-    rows.append(("ERC falls to about 0, and not because norms of R and W_g collapse", "yes",
-                 f"ERC {erc:.5f}; norm of R {norms[0]:.2f}, of W_g {norms[1]:.2f} times plain's",
-                 "seen" if erc < 0.01 and min(norms) > 0.8 else "contradicted"))
-    rows.append(("load balance stays as it is", "differences around 1e-5", interval(less("erc-1", late_balance)),
-                 verdict_of(less("erc-1", late_balance), 0)))
-    epsilons = [of(f"erc-{alpha}", last("epsilon")) for alpha in ("0", "0.5", "1", "2", "3")]
-    rows.append(("epsilon moves with alpha", "yes",
-                 "alpha 0, 0.5, 1, 2, 3: " + ", ".join(map("{:.2f}".format, epsilons)),
-                 verdict_of(less("erc-0", last("epsilon"), "erc-3"), -1 if epsilons[0] < epsilons[-1] else 1)))
+    rows.append(("ERC falls to about 0 (below 0.001), and norms do not collapse (above 0.8 of plain's)", "yes",
+                 f"ERC {erc:.5f}; norm of R {norms[0]:.2f}, of W_g {norms[1]:.2f} of plain's",
+                 "seen" if erc < 0.001 and min(norms) > 0.8 else "contradicted"))
     for claim, paper, variant, against, wanted in (
             ("ERC (alpha 1) beats the plain MoE", "yes, from 3B parameters on", "erc-1", "plain", -1),
-            ("ERC (alpha 0.5) beats the plain MoE", "at n=256", "erc-0.5", "plain", -1),
-            ("noise matters: val_ce with it less that without", "most of the gain", "erc-1", "erc-1-no-noise", -1),
-            ("alpha 3 is nearly the plain MoE", "yes", "erc-3", "plain", 0),
-            ("router orthogonalisation alone does little", "yes", "orthogonal", "plain", 0),
+            ("ERC (alpha 1) beats the placebo (alpha 2)", "yes", "erc-1", "erc-2", -1),
+            ("ERC (alpha 0.5) beats the plain MoE", "yes, at n=256", "erc-0.5", "plain", -1),
+            ("with noise ERC is better than without", "most of the gain", "erc-1", "erc-1-no-noise", -1),
+            ("router orthogonalisation does less than ERC", "yes", "orthogonal", "erc-1", 1),
             ("Autonomy-of-Experts beats the plain MoE", "yes", "aoe", "plain", -1)):
         pairs = less(variant, last("val_ce"), against)
-        rows.append((claim, paper, interval(pairs), verdict_of(pairs, wanted)))
-    cosine = of("plain", layers("router_cosine"))
-    rows.append(("the plain router is already near-orthogonal", "mean cosine about 0.15", f"{cosine:.2f}",
-                 "seen" if cosine < 0.25 else "contradicted"))
-    clusters = less("erc-1", neuron_ratio)
-    rows.append(("experts' parameters form clusters", "t-SNE, by eye",
-                 f"neurons' squared cosine within / between experts {of('erc-1', neuron_ratio):.2f}, plain"
-                 f" {of('plain', neuron_ratio):.2f}", verdict_of(clusters, 1)))
-    if costs := cost_ratios():
-        rows.append(("ERC costs next to nothing", "0.2 to 0.8 % of the step", f"{costs['erc-1'][0]} times plain's step",
-                     "seen" if float(costs["erc-1"][0]) < 1.05 else "not seen at this scale"))
-        rows.append(("Autonomy-of-Experts costs a lot", "1.6 times time, 1.3 times memory",
-                     f"{costs['aoe'][0]} times time, {costs['aoe'][1]} times memory",
-                     "seen" if float(costs["aoe"][0]) > 1.15 else "not seen at this scale"))
+        rows.append((claim, paper, "val_ce " + interval(pairs), verdict_of(pairs, wanted)))
+    fires = max(row["erc"] for seed in results.seeds("n16", "erc-3") for row in results["n16", "erc-3", seed]["log"])
+    rows.append(("alpha 3 is nearly the plain MoE", "yes", f"its ERC loss is {fires:.5f} at most: it never acts",
+                 "seen" if fires < 1e-5 else "contradicted"))
+    balance = less("erc-1", late_balance)
+    rows.append(("load balance changes when ERC is added", "no: differences around 1e-5",
+                 f"{interval(balance)}, before its weight of 0.01", verdict_of(balance, None)))
+    epsilons = ", ".join(f"{of(f'erc-{alpha}', last('epsilon')):.3f}" for alpha in ("0", "0.5", "1", "2", "3"))
+    rows.append(("epsilon moves with alpha (0.5 against 3)", "yes", f"alpha 0, 0.5, 1, 2, 3: {epsilons}",
+                 verdict_of(less("erc-0.5", last("epsilon"), "erc-3"), None)))
+    cosine, chance = of("plain", layers("router_cosine")), math.sqrt(2 / math.pi / SUITES["n16"].moe.d_model)
+    rows.append(("the plain router is near-orthogonal (below 0.25)", "mean cosine about 0.15",
+                 f"{cosine:.2f}; chance is {chance:.2f}", "seen" if cosine < 0.25 else "contradicted"))
+    excess = [of(variant, neuron_ratio) - 1 for variant in ("plain", "erc-1", "erc-0.5")]
+    rows.append(("experts' parameters cluster with ERC, not without (here: twice plain's excess)", "by eye, in t-SNE",
+                 "squared cosine of neurons within an expert, above that between: plain {:.0%}, alpha 1 {:.0%}, alpha"
+                 " 0.5 {:.0%}".format(*excess), "seen" if excess[1] > 2 * excess[0] else "not seen at this scale"))
+    rows += cost_claims()
     return table(*rows)
 
 
+def cost_claims():
+    """Two more rows, from the benchmark and from cost.json; none where these were not measured."""
+    bench, costs = RESULTS / "bench-cpu-2-cores.json", cost_ratios()
+    if not bench.exists() or not costs:
+        return []
+    erc = json.loads(bench.read_text(encoding="utf-8"))["erc"]
+    first = f"accumulate {erc['accumulate'][0]}"
+    on, off = (erc["seconds"][f"{first}, {state}"] for state in ("on", "off"))
+    added = statistics.median(a / b for a, b in zip(on, off))
+    time, memory = costs["aoe"]
+    return [("ERC costs next to nothing (below 3 %)", "0.2 to 0.8 % of a step",
+             f"{added - 1:+.1%} of a step of {erc['tokens']} tokens; of its FLOPs {erc['predicted_share_of_step']:.1%}",
+             "seen" if added < 1.03 else "contradicted"),
+            ("Autonomy-of-Experts costs a lot (half of that excess, or more)", "1.6 times time, 1.3 times memory",
+             f"{time:.2f} times time, {memory:.2f} times memory",
+             "seen" if time >= 1.3 and memory >= 1.15 else "not seen at this scale")]
+
+
 TABLES = {
-    "claims": claims_table, "main": main_table, "main-n64": lambda results: main_table(results, "n64"),
+    "claims": claims_table, "main": main_table, "half": lambda results: main_table(results, "n16", 0.5),
+    "main-n64": lambda results: main_table(results, "n64"),
     "weights": weights_table, "weights-n64": lambda results: weights_table(results, "n64"),
     "tokens": tokens_table, "tokens-n64": lambda results: tokens_table(results, "n64"), "noise": noise_table,
 }

@@ -18,8 +18,10 @@ parameters, TinyStories (python prepare_data.py tinystories comes first). We had
 
 import csv
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -62,9 +64,10 @@ VARIANTS = {
     "erc-1": erc(seeds=5),
     "erc-0.5": erc(0.5, seeds=5),
     "aoe": Variant(5, PLAIN, variants.aoe_model),
+    "aoe-no-z": Variant(3, dict(PLAIN, z_weight=0.0), variants.aoe_model),  # its logits are norms, and never small
     "dense": Variant(3, PLAIN, shape=variants.dense_config),
     "erc-0": erc(0.0),
-    "erc-2": erc(2.0),
+    "erc-2": erc(2.0, seeds=5),  # 0 from the first step on, but for a touch: a placebo
     "erc-3": erc(3.0),
     "erc-1-no-noise": erc(noise="none"),
     "erc-1-expected": erc(noise="expected"),
@@ -214,7 +217,7 @@ def measure_weights(model, alpha):
     drawn           (mean, standard deviation) of the ERC loss over 64 draws
     router_cosine   mean absolute cosine of two rows of R
     neurons         (within, between): mean squared cosine of two neurons, columns of W_g, of one expert and of two
-    touched         (smallest, largest) norm of the ERC loss's gradient in an expert's W_g
+    touched         (smallest, largest) norm of the gradient in an expert's W_g, of the ERC loss without noise
     """
     found = []
     for moe in model.moe_layers():
@@ -247,8 +250,9 @@ def measure_weights(model, alpha):
 # ---- Running ----
 
 
-def has_router(variant):
-    return VARIANTS[variant].model is MoETransformer
+def has_coupling(variant):
+    """Whether there are a router and several experts, so that M and its constraints mean something."""
+    return VARIANTS[variant].model is MoETransformer and variant != "dense"
 
 
 def run(suite, variant, seed):
@@ -260,7 +264,7 @@ def run(suite, variant, seed):
     def watch(model, step):
         every = 1 if step == config.steps else 8
         watched.append(dict(step=step, **measure(model, data, every),
-                            **measure_weights(model, config.erc_alpha) if has_router(variant) else {}))
+                            **measure_weights(model, config.erc_alpha) if has_coupling(variant) else {}))
 
     watch(model, 0)
     start, extra = time.perf_counter(), VARIANTS[variant].extra_loss
@@ -298,6 +302,8 @@ def load(path):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         settings = result["settings"]
+        if {"suite", "variant", "seed", "log", "watched", "dtype", "torch", "floor"} - set(result):
+            raise ValueError("incomplete")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of reproduce.py ({type(error).__name__}); move it away, and run"
                         " again") from error
@@ -311,37 +317,47 @@ def load(path):
 
 
 def again(suite, variant, seed):
-    """Trains a run a second time and says how far its val_ce is from the stored one, against the spread of seeds."""
-    stored = load(RESULTS / suite / f"{variant}-{seed}.json")
-    others = [load(path)["log"][-1]["val_ce"] for path in sorted((RESULTS / suite).glob(f"{variant}-[0-9].json"))]
-    spread = torch.tensor(others).std().item()
-    ce, before = run(suite, variant, seed)["log"][-1]["val_ce"], stored["log"][-1]["val_ce"]
-    print(f"{suite}/{variant}, seed {seed}: val_ce {ce:.4f} now, {before:.4f} in the file, standard deviation over"
-          f" {len(others)} seeds {spread:.4f}: {'within' if abs(ce - before) <= spread else 'OUTSIDE OF'} the spread")
+    """Trains a run a second time and says how far its val_ce is from the stored one, against the spread of seeds.
+
+    Two trainings that share nothing but their distribution differ by less than 2 sqrt(2) standard deviations in 95 of
+    100 cases. UserError where there is nothing to compare with.
+    """
+    stored = {path.stem: load(path) for path in sorted((RESULTS / suite).glob(f"{variant}-[0-9].json"))}
+    if f"{variant}-{seed}" not in stored or len(stored) < 2:
+        raise UserError(f"{suite}/{variant} has results of {len(stored)} seeds; --again needs two, {seed} among them")
+    spread = statistics.stdev(result["log"][-1]["val_ce"] for result in stored.values())
+    before, ce = (result["log"][-1]["val_ce"] for result in (stored[f"{variant}-{seed}"], run(suite, variant, seed)))
+    verdict = "within" if abs(ce - before) <= 2 * math.sqrt(2) * spread else "OUTSIDE OF"
+    print(f"{suite}/{variant}, seed {seed}: val_ce {ce:.4f} now, {before:.4f} in the file; standard deviation over"
+          f" {len(stored)} seeds {spread:.4f}: {verdict} the spread")
 
 
 # ---- Cost ----
 
 
 def measure_cost(suite, rounds=15):
-    """Times of a training step of each variant, in turn, and what a step keeps in memory -> dict for cost.json."""
+    """Times of a training step of each variant, in turn, and what it keeps in memory -> dict for cost.json.
+
+    Memory is 16 bytes a parameter (weights, gradients, two moments), and what the forward pass keeps for the backward
+    pass. The ERC loss keeps less than that, and comes when it is free again: it adds nothing.
+    """
     from bench import Setup, interleave
 
     device = train.pick_device("auto")
     functions, memory = {}, {}
     for variant in SUITES[suite].names:
         config, _ = configs(suite, variant, 0)
-        run = train.Run(config, None, initial_model(suite, variant, 0))
+        it = train.Run(config, None, initial_model(suite, variant, 0))
         extra_loss = VARIANTS[variant].extra_loss and VARIANTS[variant].extra_loss(0)
 
-        def step(number, run=run, extra=extra_loss):
-            means, _ = run.add_token_gradient(number + 1)
-            if run.config.erc_weight > 0:
-                run.add_erc_gradient(number + 1)
+        def step(number, it=it, extra=extra_loss):
+            means, _ = it.add_token_gradient(number + 1)
+            if it.config.erc_weight > 0:
+                it.add_erc_gradient(number + 1)
             if extra:
-                extra(run.model).backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
-            run.update(number + 1, norm, means[0])
+                extra(it.model).backward()
+            norm = torch.nn.utils.clip_grad_norm_(it.model.parameters(), it.config.grad_clip)
+            it.update(number + 1, norm, means[0])
 
         kept = {}
 
@@ -349,13 +365,13 @@ def measure_cost(suite, rounds=15):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+        weights = {p.untyped_storage().data_ptr() for p in it.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            batch = train.train_batch(run.data, run.context, config.batch_size, torch.Generator().manual_seed(0))
-            with run.autocast():
-                run.model(*batch)
+            batch = train.train_batch(it.data, it.context, config.batch_size, torch.Generator().manual_seed(0))
+            with it.autocast():
+                it.model(*batch)
         activations = sum(size for pointer, size in kept.items() if pointer not in weights)
-        memory[variant] = dict(activations=activations, weights=16 * run.model.num_params()[0])
+        memory[variant] = dict(activations=activations, weights=16 * it.model.num_params()[0])
         functions[variant] = step
     setup = Setup(device, rounds, "data/demo", Path("out"))
     return dict(suite=suite, rounds=rounds, seconds=interleave(functions, setup), bytes=memory, date=str(date.today()),
@@ -384,6 +400,8 @@ def main(argv):
     parser.add_argument("--again", type=int, metavar="SEED", help="train a finished run again, and compare")
     parser.add_argument("--cost", action="store_true", help="time the variants of n16 in turn; writes n16/cost.json")
     options = parser.parse_args(argv)
+    if options.cost and options.variants:
+        parser.error("--cost is of all variants of n16; name none")
     todo = jobs(options.variants or [f"{suite}/{name}" for suite in ("n16", "n64") for name in SUITES[suite].names])
     if not Path("data/demo/meta.json").exists():
         prepare_data.main(["demo"])

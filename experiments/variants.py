@@ -177,8 +177,8 @@ class CentredProbe:
     Tokens have a mean in common that no row of R shows, and the softmax does not see what all rows of R have in common.
     So the proxy of expert i is the mean token, moved to where R[i] differs from the mean row, by the tokens' distance:
       P[i] = mean(x) + rms ||x - mean(x)|| * (R[i] - mean(R)) / ||R[i] - mean(R)||
-    Both means of x are constants, from the last batch that the layer was trained on; the noise of step 1 is on
-    R[i] - mean(R). The first call only begins to look at batches, and returns 0.
+    Both means of x are constants, from the last batch that the layer was trained on. The noise is that of step 1, of
+    the rows R[i] - mean(R) at their own lengths. The first call only begins to look at batches, and returns 0.
     """
 
     def __init__(self, alpha=1.0, seed=0):

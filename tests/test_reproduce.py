@@ -118,7 +118,7 @@ def test_every_variant_starts_from_the_weights_of_plain(suite, variant):
     shared = [name for name in its if name in plain and plain[name].shape == its[name].shape]
     different = [name for name in shared if not torch.equal(plain[name], its[name])]
     assert not different and len(shared) >= 20, f"{len(shared)} shared, of which differ: {different}"
-    if reproduce.has_router(variant) and variant != "dense":
+    if reproduce.has_coupling(variant):
         assert len(shared) == len(plain) == len(its), f"{len(shared)} of {len(plain)} are the same"
 
 
@@ -136,7 +136,8 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
     (tmp_path / "n16").mkdir()
     log = [dict(step=800, val_ce=0.5)]
-    result = dict(variant="plain", seed=0, log=log, settings=reproduce.settings_of("n16", "plain", 0))
+    result = dict(suite="n16", variant="plain", seed=0, log=log, settings=reproduce.settings_of("n16", "plain", 0),
+                  watched=[], dtype="bfloat16", torch="2", floor=0.2)
     (tmp_path / "n16" / "plain-0.json").write_text(json.dumps(result), encoding="utf-8")
     return tmp_path / "n16"
 
@@ -180,17 +181,30 @@ def test_an_interrupted_run_writes_no_result(results, monkeypatch, tmp_path):
     assert caught.value.code == 130 and not (results / "plain-1.json").exists()
 
 
-@pytest.mark.parametrize("ce, verdict", [(0.52, "within the spread"), (0.6, "OUTSIDE OF the spread")])
+@pytest.mark.parametrize("ce, verdict", [(0.69, "within the spread"), (0.71, "OUTSIDE OF the spread")])
 def test_a_second_training_is_held_against_the_spread_of_seeds(results, monkeypatch, capsys, ce, verdict):
-    """--again compares with the stored value: val_ce 0.5 and 0.6 over two seeds spread by 0.0707."""
-    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
-    result["log"][0]["val_ce"] = 0.6
-    result |= dict(seed=1, settings=reproduce.settings_of("n16", "plain", 1))
-    (results / "plain-1.json").write_text(json.dumps(result), encoding="utf-8")
+    """--again compares with the stored value: 0.5 and 0.6 over two seeds have sd 0.0707, and 2 sqrt(2) times that is
+    0.2. With a single seed there is no spread, and that is said."""
     monkeypatch.setattr(reproduce, "run", lambda *job: dict(log=[dict(val_ce=ce)]))
+    with pytest.raises(UserError, match="results of 1 seeds; --again needs two"):
+        reproduce.again("n16", "plain", 0)
+    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
+    result |= dict(seed=1, settings=reproduce.settings_of("n16", "plain", 1), log=[dict(step=800, val_ce=0.6)])
+    (results / "plain-1.json").write_text(json.dumps(result), encoding="utf-8")
     reproduce.again("n16", "plain", 0)
     printed = capsys.readouterr().out
     assert verdict in printed and "0.0707" in printed, printed
+
+
+def test_results_that_cannot_be_compared_are_not(results, monkeypatch):
+    """Runs in float32 and in bfloat16 do not stand in one table."""
+    monkeypatch.setattr(report, "RESULTS", results.parent)
+    assert report.Results().seeds("n16", "plain") == [0]
+    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
+    result |= dict(seed=1, settings=reproduce.settings_of("n16", "plain", 1), dtype="float32")
+    (results / "plain-1.json").write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(UserError, match="results of n16 differ in dtype"):
+        report.Results()
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -200,6 +214,17 @@ def test_an_interval_is_students():
     """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.303."""
     assert report.interval([1.0, 2.0, 3.0], "{:.2f}") == "2.00 (-0.48 to 4.48)"
     assert report.mean_sd([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
+
+
+@pytest.mark.parametrize("values, below, either", [
+    ([-0.02, -0.021, -0.022], "seen", "seen"), ([0.02, 0.021, 0.022], "contradicted", "seen"),
+    ([-0.001, 0.001, 0.002], "not seen at this scale", "not seen at this scale"),
+])
+def test_a_verdict_is_what_the_interval_says(values, below, either):
+    """"Smaller" needs an interval below 0, and above 0 it is contradicted; "different" needs one without 0."""
+    low, high = report.bounds(values)
+    assert report.verdict_of(values, -1) == below, f"{low:.4f} to {high:.4f}"
+    assert report.verdict_of(values, None) == either, f"{low:.4f} to {high:.4f}"
 
 
 def made_results(**val_ce):
