@@ -19,7 +19,6 @@ are read as streams of bytes.
 """
 
 import argparse
-import codecs
 import difflib
 import hashlib
 import http.client
@@ -30,21 +29,23 @@ import math
 import os
 import random
 import re
+import ssl
 import struct
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import warnings
 from array import array
+from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urljoin
+from urllib.parse import urlsplit
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so on import; we need no numpy
 
@@ -64,34 +65,11 @@ class UserError(Exception):
         self.code = code
 
 
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
-
-
-def get_tokenizer(name):
-    """The tiktoken.Encoding called "gpt2" or "bytes": n_vocab, eot_token, encode_ordinary(text), decode(ids).
-
-    "bytes" is the 256 bytes, and 256 for end-of-text; it needs no files. Raises UserError where "gpt2" finds none.
-    """
-    try:
-        import tiktoken
-        if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
-            return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                     special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
-        return tiktoken.get_encoding({"gpt2": "gpt2"}[name])
-    except ImportError as error:
-        raise UserError("tiktoken is not installed; run: pip install -r requirements.txt") from error
-    except KeyError as error:
-        raise UserError(f"unknown tokenizer {name!r}; choose gpt2 or bytes") from error
-    except (OSError, ValueError) as error:  # no network, or not the files that tiktoken knows
-        raise UserError(f"no GPT-2 vocabulary ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it,"
-                        " connect to the network once, or use --tokenizer bytes") from error
-
-
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("<3i1012x")  # magic, version, tokens
 MAGIC = 20240520
-UNFINISHED = "tokens.part"  # lies in a folder from the first token on until meta.json is complete
+UNFINISHED = "unfinished"  # a file that lies in a folder while its shards are being replaced
 
 
 class TokenData(NamedTuple):
@@ -126,8 +104,8 @@ def read_shard(path):
 
 def split_of(name):
     """The split, "train" or "val", of a shard with a name like fineweb_train_000001.bin; "" for other files."""
-    at, split = max((name.rfind(split), split) for split in ("train", "val"))
-    return split if at >= 0 and name.endswith(".bin") else ""
+    found = re.fullmatch(r".*(train|val).*\.bin", name)
+    return found[1] if found else ""
 
 
 def load_data(folder):
@@ -224,6 +202,24 @@ def cut_shards(file, split, total, shard_tokens, folder):
 # does a document end here), because a document can be far longer than what one wants to hold in memory.
 
 
+def get_tokenizer(name):
+    """The tiktoken.Encoding called "gpt2" or "bytes": n_vocab, eot_token, encode_ordinary(text), decode(ids).
+
+    "bytes" is the 256 bytes, and 256 for end-of-text; it needs no files. Raises UserError where "gpt2" finds none.
+    """
+    try:
+        import tiktoken
+        if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
+            return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                     special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
+        return tiktoken.get_encoding(name)
+    except ImportError as error:
+        raise UserError("tiktoken is not installed; run: pip install -r requirements.txt") from error
+    except (OSError, ValueError) as error:  # no network, or not the files that tiktoken knows
+        raise UserError(f"no {name} vocabulary ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has"
+                        " it, connect to the network once, or use --tokenizer bytes") from error
+
+
 def text_jobs(paths, errors="strict"):
     """Jobs for UTF-8 files. SEPARATOR lines stand between documents and belong to none; blank documents are left out.
 
@@ -231,32 +227,31 @@ def text_jobs(paths, errors="strict"):
     token reaches across. Raises UserError for an empty file and, with errors="strict", for one that is not UTF-8 text.
     """
     for path in paths:
-        decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(errors), translate=True)
-        rest, inside, empty, block = "\n", False, True, b"-"  # a document's line end comes first: here, and in `rest`
-        with open(path, "rb") as file:                        # unless we are `inside` of a document that was cut
+        text, inside, empty, done, block = "", False, True, 0, "-"  # inside: `text` goes on with a cut document
+        with open(path, encoding="utf-8-sig", errors=errors) as file:
             while block:
-                block = file.read(BLOCK)
                 try:
-                    rest += decoder.decode(block, final=not block)
+                    block = file.read(BLOCK)
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset"
-                                    f" {file.tell() - len(error.object) + error.start}); convert it first") from error
-                if errors == "strict" and "\0" in rest:
+                    at = file.buffer.tell() - len(error.object) + error.start
+                    raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at});"
+                                    " convert it first") from error
+                if errors == "strict" and "\0" in block:
                     raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
-                documents = re.split(rf"\n{re.escape(SEPARATOR)}(?=\n)", rest if block else rest + "\n")
-                rest, pieces = documents.pop(), []
-                for document in documents if block else [*documents, rest[:-1]]:
-                    document = document if inside else document[1:]
+                *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text + (block or "\n"))
+                pieces = []
+                for document in documents if block else [*documents, text]:
                     if inside or document.strip():
-                        pieces.append((document, True))
+                        pieces.append((document.removesuffix("\n"), True))
                     inside = False
-                if block and len(rest) > BLOCK:
-                    word = re.match(r"(?s).*\S(?=[ \n])", rest)
-                    cut = word.end() if word else len(rest) - len(SEPARATOR) - 1  # which may begin there
-                    pieces.append((rest[0 if inside else 1:cut], False))
-                    rest, inside = rest[cut:], True
+                if block and len(text) > BLOCK:
+                    word = re.match(r"(?s).*\S(?=[ \n])", text)
+                    cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # which may begin there
+                    pieces.append((text[:cut], False))
+                    text, inside = text[cut:], True
                 empty = empty and not pieces
-                yield len(block), partial(iter, pieces)
+                yield file.buffer.tell() - done, partial(iter, pieces)
+                done = file.buffer.tell()
         if empty:
             raise UserError(f"{path} is empty; leave it out")
 
@@ -273,10 +268,10 @@ def in_order(pool, function, jobs, ahead):
 
 
 def write_tokens(jobs, encoding, file, limit, workers, total=None):
-    """Append the tokens of all documents to an open file; return where each document ends, in tokens from here.
+    """Append the tokens of all documents to an open file; return where in the file, in tokens, each document ends.
 
-    Whole documents are kept as long as they fit the limit (None: all); if not even the first one does, it is cut, and
-    still ends with end-of-text. `total`: bytes of all jobs, for the bar. Raises UserError where there is no document.
+    Whole documents are kept as long as they end within the limit (None: all); if not even the first one does, it is
+    cut, and still ends with end-of-text. `total`: bytes of all jobs, for the bar. Raises UserError for no documents.
     """
     def tokens_of(job):
         tokens, ends = array("H"), []
@@ -287,7 +282,8 @@ def write_tokens(jobs, encoding, file, limit, workers, total=None):
                 ends.append(len(tokens))
         return job[0], tokens, ends
 
-    begin, written, ends = file.tell(), 0, array("Q")
+    begin = written = file.tell() // 2
+    ends = array("Q")
     bar = tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None)
     with ThreadPoolExecutor(workers) as pool, bar:
         for size, tokens, new_ends in in_order(pool, tokens_of, jobs, 2 * workers):
@@ -297,16 +293,14 @@ def write_tokens(jobs, encoding, file, limit, workers, total=None):
             bar.update(size)
             if limit and written > limit:
                 break
-    if limit and written > limit:
-        while ends and ends[-1] > limit:
-            ends.pop()
-        if not ends:
-            ends.append(limit)
-            file.seek(begin + 2 * (limit - 1))
-            file.write(array("H", [encoding.eot_token]))
-    if not ends:
+    if written == begin:
         raise UserError("there are no documents in the data; is it the right source?")
-    file.seek(begin + 2 * ends[-1])
+    del ends[bisect(ends, limit or written):]
+    if not ends:
+        ends.append(limit)
+        file.seek(2 * limit - 2)
+        file.write(array("H", [encoding.eot_token]))
+    file.seek(2 * ends[-1])
     file.truncate()
     return ends
 
@@ -319,113 +313,86 @@ TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc
 OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/8cfd553694d06979cfec29248b200468786f0294/"
                "subsets/urlsf_subset{:02d}.tar")
 TIMEOUT, TRIES, BACKOFF = 10, 5, 0.25  # seconds of silence; requests in a row that bring nothing; seconds, doubling
+NETWORK = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError, ValueError)
 CAP = 1 << 26  # bytes of an archive inside an OpenWebText file, packed or unpacked; about thirty times what they have
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `ask`: size and hash of a file are in the hub's own answer, and not in the next one."""
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never away from https. Size and hash of a file are in the hub's own answer only: `hub`."""
 
-    def redirect_request(self, *_):
-        return None
+    hub = None
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        if urlsplit(url).scheme not in ("https", request.type):
+            raise UserError(f"{request.full_url} leads to {url}, not to https; check HF_ENDPOINT")
+        if "X-Linked-ETag" in headers:
+            self.hub = headers
+        return urllib.request.Request(url, headers=request.headers)
 
 
-def ask(url, headers):
-    """(response, size, sha256) of a URL behind redirects; size and hash as the hub gives them, None where it does not.
+def fetch(url, path):
+    """One request for what is lacking of a file; `path` is taken once all is there and right.
 
-    Raises ConnectionError where trying again may help, UserError where it will not.
+    Until then it lies in `path`.part. A later request, or process, goes on behind that where the hub tells the sha256
+    of the whole. Raises one of NETWORK where asking again may help, and UserError where it will not.
     """
-    first, target, size, etag = url, "", None, None
-    for _ in range(6):
+    part, redirects = Path(f"{path}.part"), Redirects()
+    with open(part, "ab") as file:
+        have = file.tell()
+        request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
+        if have:
+            request.add_header("Range", f"bytes={have}-")
         try:
-            url = urljoin(url, target)
-            if not url.startswith(("https://", "http://") if first.startswith("http:") else "https://"):
-                raise UserError(f"{first} leads to {url}, not to https; check HF_ENDPOINT")
-            request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py", **headers})
-            response = urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT)
+            response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 416, 429):  # not there, not for us, redirects in a circle
+                raise UserError(f"{url}: {error}; check HF_ENDPOINT, or edit TINYSTORIES or OPENWEBTEXT in"
+                                " prepare_data.py") from error
+            if error.code != 416:
+                raise
             response = error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ConnectionError(f"{url}: {error or type(error).__name__}") from error
-        size, etag = size or response.headers.get("X-Linked-Size"), etag or response.headers.get("X-Linked-ETag")
-        if response.status not in (301, 302, 303, 307, 308):
-            sha256 = re.search("[0-9a-f]{64}", etag or "")
-            return response, int(size) if size and size.isdecimal() else None, sha256 and sha256[0]
-        response.close()
-        target = response.headers.get("Location", "")
-    raise UserError(f"{first} redirects in a circle; check HF_ENDPOINT")
-
-
-def continue_download(url, part, facts_path, constant):
-    """One request for what `part` lacks, appended to it. Returns {"etag", "size", "sha256"} once nothing is lacking.
-
-    These facts lie beside the part, so that a later process can go on: with Range and If-Range, and only after a strong
-    ETag. Raises as `ask` does.
-    """
-    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.exists() and part.exists() else {}
-    have = part.stat().st_size if facts.get("etag") else 0
-    if have and have == facts["size"]:
-        return facts
-    response, size, sha256 = ask(url, {"Range": f"bytes={have}-", "If-Range": facts["etag"]} if have else {})
-    with response:
-        status, headers = response.status, response.headers
-        if status in (401, 403, 404, 410):
-            raise UserError(f"{url} is not there (HTTP {status}); edit {constant} in prepare_data.py")
-        if status == 200:
-            length, etag, have = headers.get("Content-Length", ""), headers.get("ETag", ""), 0
-            size = int(length) if size is None and length.isdecimal() else size
-            if size is None:
+        with response:
+            hub = redirects.hub or response.headers
+            size, sha256 = int(hub.get("X-Linked-Size", 0)), re.search("[0-9a-f]{64}", hub.get("X-Linked-ETag", ""))
+            content_range = response.headers.get("Content-Range", "")
+            if response.status == 200:
+                have, size = 0, size or int(response.headers.get("Content-Length", 0))
+                file.truncate(0)
+            elif not (size and sha256 and re.match(rf"bytes ({have}-|\*/{have}$)", content_range)):
+                file.truncate(0)
+                raise ConnectionError("what came before does not fit what the server has")
+            if size < 1:
                 raise UserError(f"{url}: the server does not say how long the file is; try another HF_ENDPOINT")
-            facts = {"etag": etag if etag.startswith('"') else None, "size": size, "sha256": sha256}
-            part.write_bytes(b"")
-            write_whole(facts_path, [json.dumps(facts).encode()])
-        elif not (status == 206 and have and headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                  and sha256 == facts["sha256"]):
-            if status in (206, 416):  # what we have does not fit what the server has
-                part.unlink(missing_ok=True)
-            raise ConnectionError(f"{url}: HTTP {status}")
-        bar = tqdm(desc=part.stem, initial=have, total=facts["size"], unit="B", unit_scale=True, disable=None)
-        with open(part, "ab") as file, bar:
-            while have < facts["size"]:
-                try:
-                    block = response.read1(min(1 << 16, facts["size"] - have))
-                except (OSError, http.client.HTTPException) as error:
-                    raise ConnectionError(f"{url}: {error or type(error).__name__}") from error
-                if not block:
-                    raise ConnectionError(f"{url}: cut after {have:,} of {facts['size']:,} bytes")
-                if have == 0 and re.match(rb"(?i)\s*<(!doctype|html)", block):
-                    raise UserError(f"{url} is a web page, not the file; is a login or a proxy in the way?")
-                file.write(block)
-                file.flush()  # what has come once is never fetched again
-                have += len(block)
-                bar.update(len(block))
-    return facts
+            with tqdm(desc=path.name, initial=have, total=size, unit="B", unit_scale=True, disable=None) as bar:
+                while have < size and (block := response.read1(min(1 << 16, size - have))):
+                    if have == 0 and re.match(rb"(?i)\s*<(!doctype|html)", block):
+                        raise UserError(f"{url} is a web page, not the file; is a login or a proxy in the way?")
+                    file.write(block)
+                    have += len(block)
+                    bar.update(len(block))
+    if have < size:
+        raise ConnectionError(f"cut after {have:,} of {size:,} bytes")
+    if sha256 and sha256_of(part) != sha256[0]:
+        part.unlink()
+        raise UserError(f"{url} did not arrive as its sha256 on the hub says; run the same command again")
+    os.replace(part, path)
 
 
-def download(name, folder, constant):
-    """The path of a hub file in a folder, downloaded unless it is there; whole and right, else UserError.
-
-    Until then its name ends in .part, and the next call goes on with it. `constant` is what to edit after a 404.
-    """
+def download(name, folder):
+    """The path of a hub file in a folder, downloaded unless it is there; whole and right, else UserError."""
     url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{name}"
     path = folder / f"{name.partition('/resolve/')[2][:8]}-{Path(name).name}"
-    part, facts_path = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     folder.mkdir(parents=True, exist_ok=True)
     best, failures = 0, 0
     while not path.exists():
         try:
-            facts = continue_download(url, part, facts_path, constant)
-        except ConnectionError as error:
-            have = part.stat().st_size if part.exists() else 0
+            fetch(url, path)
+        except NETWORK as error:
+            have = Path(f"{path}.part").stat().st_size
             best, failures = max(best, have), 0 if have > best else failures + 1
             if failures == TRIES:
-                raise UserError(f"{error}; run the same command again to go on") from error
+                raise UserError(f"{url}: {error}; run the same command again to go on") from error
             time.sleep(BACKOFF * 2 ** failures)
-            continue
-        if facts["sha256"] and sha256_of(part) != facts["sha256"]:
-            part.unlink()
-            raise UserError(f"{url} did not arrive as its sha256 on the hub says; run the same command again")
-        os.replace(part, path)
-    facts_path.unlink(missing_ok=True)
     return path
 
 
@@ -436,23 +403,19 @@ def tar_members(file, suffix, where):
     and nothing else, and links, devices and extended headers passed over. (The standard module trusts the sizes in
     extended headers.) A name of 100 bytes may have been cut, suffix and all, so it counts.
     """
-    i = 0
     while (header := file.read(512)).strip(b"\0"):
         try:
             size, checksum = (int(header[at:at + n].strip(b"\0 ") or b"0", 8) for at, n in ((124, 12), (148, 8)))
         except ValueError:
             size = checksum = -1
-        name = header[:100].rstrip(b"\0")
-        good = size >= 0 and checksum == sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
-        wanted = header[156:157] in (b"0", b"\0") and (name.endswith(suffix) or len(name) == 100)
-        data = file.read(size) if good and wanted and size <= CAP else b""
-        if not good or wanted and len(data) < size:
-            raise UserError(f"{where}: member {i} of the tar archive is damaged, cut, or has more than {CAP:,} bytes;"
+        data = file.read(size) if 0 <= size <= CAP else b""
+        if len(data) != size or checksum != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+            raise UserError(f"{where}: a member of the tar archive is damaged, cut, or has more than {CAP:,} bytes;"
                             " delete the file and run again")
-        if wanted:
+        file.read(-size % 512)
+        name, kind = header[:100].rstrip(b"\0"), header[156:157]
+        if kind in (b"0", b"\0") and (name.endswith(suffix) or len(name) == 100):
             yield data
-        file.seek(-size % 512 + (0 if wanted else size), io.SEEK_CUR)
-        i += 1
 
 
 def unpack(packed, where):
@@ -476,15 +439,14 @@ def unpack(packed, where):
 def openwebtext_jobs(folder, subsets):
     """Jobs for the first subsets, each downloaded when its turn comes."""
     for subset in range(subsets):
-        path = download(OPENWEBTEXT.format(subset), folder, "OPENWEBTEXT")
+        path = download(OPENWEBTEXT.format(subset), folder)
         with open(path, "rb") as file:
             for i, packed in enumerate(tar_members(file, b".xz", path)):
                 yield len(packed), partial(unpack, packed, f"{path}: archive {i}")
 
 
 # ---- The embedded corpus ---------------------------------------------------------------------------------------------
-#
-# The embedded demo corpus: four kinds of tiny documents from a grammar that knows the probability of what it says.
+# Four kinds of tiny documents from a grammar that knows the probability of what it says.
 #
 #     story     a bedtime story: who found what, what was wrong with it, who helped
 #     recipe    an ingredient list and the steps that use it
@@ -571,7 +533,7 @@ GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
 }.items()}
 
 
-def demo_documents(seed: int = 0, n_documents: int = 22_000) -> Iterator[tuple[str, str, float]]:
+def demo_documents(seed=0, n_documents=22_000):
     """Yield (kind, text, log_prob): ASCII text below 250 bytes and its natural log probability, kind and end included.
 
     The end costs nothing because no text is the beginning of another one. Only `Random.random` is used: Python promises
@@ -584,14 +546,13 @@ def demo_documents(seed: int = 0, n_documents: int = 22_000) -> Iterator[tuple[s
         yield kind, text, log_prob - math.log(len(KINDS))
 
 
-def _fill(template: str, uniform: Callable[[], float], memory: dict[str, str], used: set[str]) -> tuple[str, float]:
+def _fill(template, uniform, memory, used):
     """Fill the slots of a template; return the text and the log probability (nats) of the draws it took."""
-    text, log_prob = "", 0.0
-    for position, piece in enumerate(template.replace("}", "{").split("{")):
-        if position % 2 == 0:  # text and slots alternate
-            text += piece
-            continue
-        variable, _, source = piece.rpartition("=")
+    log_prob = 0.0
+
+    def fill(slot):
+        nonlocal log_prob
+        variable, source = slot.groups()
         if source in GRAMMAR:
             options = [option for option in GRAMMAR[source] if option not in used]
             choice = options[int(uniform() * len(options))]
@@ -604,16 +565,15 @@ def _fill(template: str, uniform: Callable[[], float], memory: dict[str, str], u
             log_prob -= math.log(high - low + 1)
         else:
             filled = memory[source] if source in memory else str(_sum(source, memory))
-        if variable:
-            memory[variable] = filled
-        text += filled
-    return text, log_prob
+        memory[variable] = filled  # (as None where nothing asks for it)
+        return filled
+
+    return re.sub(r"{(?:(\w)=)?(.+?)}", fill, template), log_prob
 
 
-def _sum(expression: str, memory: dict[str, str]) -> int:
+def _sum(expression, memory):
     """The value of an expression such as "M-N" or "M+1" over remembered numbers."""
-    terms = expression.replace("-", "+-").split("+")
-    return sum((-1 if term[0] == "-" else 1) * int(memory.get(term.strip("-"), term.strip("-"))) for term in terms)
+    return sum(int(sign + memory.get(term, term)) for sign, term in re.findall(r"([+-]?)(\w+)", expression))
 
 
 # ---- Preparing -------------------------------------------------------------------------------------------------------
@@ -639,24 +599,23 @@ def tokenise(args, source, files, encoding, file):
     write = partial(write_tokens, encoding=encoding, file=file, workers=args.workers)
     limit, downloads = args.max_tokens, args.out / "downloads"
     if source == "tinystories":
+        train, valid = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
         val_limit = limit and max(1, limit // 10)
-        paths = [download(TINYSTORIES.format(split), downloads, "TINYSTORIES") for split in ("train", "valid")]
-        ends, val_ends = (write(text_jobs([path], "replace"), limit=n, total=path.stat().st_size)
-                          for path, n in zip(paths, (limit and limit - val_limit, val_limit), strict=True))
+        ends = write(text_jobs([train], "replace"), limit=limit and limit - val_limit, total=train.stat().st_size)
         split = ends[-1]
-        return ends + array("Q", (split + end for end in val_ends)), split, {}
+        ends += write(text_jobs([valid], "replace"), limit=limit and split + val_limit, total=valid.stat().st_size)
+        return ends, split, {}
     if source == "demo":
         documents = list(demo_documents())
         jobs = ((0, partial(iter, [(text, True)])) for _, text, _ in documents)
     else:
         jobs = openwebtext_jobs(downloads, args.subsets or 21) if source else text_jobs(files)
     ends = write(jobs, limit=limit, total=sum(path.stat().st_size for path in files) or None)
-    n, fraction = len(ends), args.val_fraction or VAL_FRACTION.get(source, 0.1)
-    if n == 1:
-        return ends, max(1, ends[0] - max(1, round(fraction * ends[0]))), {}
+    cuts = ends if len(ends) > 1 else range(1, ends[0] + 1)  # a single document is cut between tokens
+    n, fraction = len(cuts), args.val_fraction or VAL_FRACTION.get(source, 0.1)
     kept = max(1, n - max(1, round(fraction * n)))
-    split = ends[kept - 1]
-    if source != "demo":
+    split = cuts[kept - 1]
+    if source != "demo" or cuts is not ends:
         return ends, split, {}
     floor = -sum(log_prob for _, _, log_prob in documents[kept:n]) / (ends[-1] - split)  # nats per token, eot counted
     spans = [[documents[i][0], ends[i - 1] - split, ends[i] - split] for i in range(kept, n)]
@@ -680,28 +639,22 @@ def prepare(args):
         unfinished.unlink(missing_ok=True)
         print(f"{out} holds this already; --overwrite makes it again")
         return
-    while unfinished.exists() and not meta_path.exists() and old:  # left by a run that was killed
-        old.pop().unlink()
-    with open(unfinished, "w+b") as file:
-        try:
-            ends, split, more = tokenise(args, source, files, encoding, file)
-            if ends[-1] > 10**5 * args.shard_tokens:
-                raise UserError(f"{ends[-1]:,} tokens would be too many files; choose a larger --shard-tokens", code=2)
-        except BaseException:  # nothing is lost: the data that was here still is, and so are downloads
-            file.close()
-            unfinished.unlink()
-            raise
+    with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind where we are killed
+        ends, split, more = tokenise(args, source, files, encoding, file)
+        if ends[-1] > 10**5 * args.shard_tokens:
+            raise UserError(f"{ends[-1]:,} tokens would be too many files; choose a larger --shard-tokens", code=2)
+        unfinished.touch()  # from here on, what lies here is neither the old data nor the new
         meta_path.unlink(missing_ok=True)
         for path in old:
             path.unlink()
         shards = cut_shards(file, split, ends[-1], args.shard_tokens, out)
-        meta = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                "documents": len(ends), "tokens": ends[-1], "options": options, **more, "shards": shards}
-        write_whole(meta_path, [json.dumps(meta, indent=1).encode()])
+    meta = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+            "documents": len(ends), "tokens": ends[-1], "options": options, **more, "shards": shards}
+    write_whole(meta_path, [json.dumps(meta, indent=1).encode()])
     unfinished.unlink()
     sample = encoding.decode(load_data(out).train[0][:40].tolist())
     print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens ({ends[-1] - split:,} of them for validation),"
-          f" {len(shards)} shards, {sum((out / shard['name']).stat().st_size for shard in shards):,} bytes;"
+          f" {len(shards)} shards, {2 * ends[-1] + HEADER.size * len(shards):,} bytes;"
           f" {ends[-1] / len(ends):.1f} tokens per document" +
           (f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else "") + f"; it begins {sample!r}")
 
