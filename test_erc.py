@@ -101,7 +101,8 @@ def test_each_feature_has_its_own_uniform_factor_around_one(erc):
     assert u.abs().max() <= 1 + 1e-4, f"a factor left its bound: {u.abs().max():.4f} of epsilon"
     assert u.mean().abs() < 0.01 and abs(u.square().mean() - 1 / 3) < 0.005, f"{u.mean():.4f}, {u.square().mean():.4f}"
     correlation = torch.corrcoef(u.flatten(1).T) - torch.eye(n * d)  # between features, and between rows
-    assert correlation.abs().max() < 0.1, f"features {correlation.abs().max():.2f} correlated; noise must be drawn for each"
+    strongest = correlation.abs().max()
+    assert strongest < 0.1, f"features {strongest:.2f} correlated; noise must be drawn for each"
 
 
 def test_same_generator_same_noise_and_the_global_stream_is_left_alone(erc):
