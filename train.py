@@ -90,6 +90,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
 
 
+SETTINGS = [*fields(TrainConfig), *fields(MoEConfig)[1:]]  # each is a flag; vocab_size comes from the data
 # For one GPU with 24 GB (the README says how that was computed), with many small experts, as in the paper.
 GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8, lr=1e-3, eval_every=500,
            save_every=1000)
@@ -636,8 +637,12 @@ def report(config, result):
               " layer (a row for each proxy, a column for each expert, @ within a tenth of the largest of its row):")
         print(erc_moe.heat_map(erc_moe.activation_norms(moe.R, moe.W_g).detach()))
     print(f"\na sample:\n{sample(state, '', config, pick_device(config.device))}\n")
-    print(f"more:       {again} --sample \"...\"\n"
-          f"train on:   {again} --resume --steps {2 * config.steps}\nplain MoE:  {again}-plain --erc-weight 0")
+    mine = {**asdict(config), **asdict(after.config)}
+    flags = "".join(f" --{'no-' * (mine[field.name] is False)}{field.name.replace('_', '-')}"
+                    + f" {mine[field.name]}" * (field.type is not bool) for field in SETTINGS
+                    if mine[field.name] != field.default and field.name not in ("out", "erc_weight"))
+    print(f"more:       {again} --sample \"...\"\ntrain on:   {again} --resume --steps {2 * config.steps}\n"
+          f"plain MoE:  {again}-plain{flags} --erc-weight 0")
 
 
 def parse(argv):
@@ -647,8 +652,7 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has")
     parser.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run")
     parser.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out, and stop")
-    settings = [*fields(TrainConfig), *fields(MoEConfig)[1:]]  # vocab_size comes from the data
-    for field in settings:
+    for field in SETTINGS:
         kind = dict(type=field.type, metavar=field.type.__name__)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{field.metadata['help']} (default: {field.default})",
@@ -658,7 +662,7 @@ def parse(argv):
         parser.error("--resume and --overwrite contradict each other; choose one")
     if len(options.sample or "") > 100_000:
         parser.error("--sample takes at most 100000 characters")
-    return options, {field.name: getattr(options, field.name) for field in settings if field.name in options}
+    return options, {field.name: getattr(options, field.name) for field in SETTINGS if field.name in options}
 
 
 def main(argv=None):
@@ -668,6 +672,7 @@ def main(argv=None):
     config, moe = configs({"data": f"data/{name}", "out": f"out/{name}", **PRESETS[name], **explicit})
     state = load_checkpoint(Path(config.out)) if options.resume or options.sample is not None else None
     if options.sample is not None:
+        config, _ = configs({**state["config"], "device": config.device, **explicit})
         print(sample(state, options.sample, config, pick_device(config.device)))
         return 0
     if options.resume:

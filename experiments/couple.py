@@ -2,8 +2,9 @@
 
     python experiments/couple.py        # couples a small random OLMoE, in seconds; needs the package transformers
 
-For your own loop copy the block of erc_moe.py between its two paste lines, and this file from KNOWN to `coupling`. Then
-call `add_erc_gradient(model, step)` once per optimizer step, where `training_step` does. What can go wrong:
+For your own loop copy, below `import re` and `import torch`, the block of erc_moe.py between its two paste lines, and
+this file from KNOWN to `coupling`. Then call `add_erc_gradient(model, step)` once per optimizer step, where
+`training_step` does. What can go wrong:
 
 * Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch, or divided by their
   number, it counts too much or too little. Add it once, after the last of them.
@@ -133,6 +134,8 @@ def training_step(model, optimizer, scaler, micro_batches, step, clip=1.0):
 
 
 def main():
+    if sys.argv[1:]:
+        sys.exit("couple.py: error: it takes no options; call it alone for the demonstration")
     try:
         from transformers import OlmoeConfig, OlmoeForCausalLM
     except ImportError:

@@ -155,6 +155,18 @@ def test_erc_once_per_step_is_erc_in_every_micro_batch(data, noise):
     assert {name.split(".")[-1] for name in once} == {"R", "W_g"} and len(once) == 6, f"reached: {sorted(once)}"
 
 
+def test_where_no_constraint_is_broken_the_gradient_left_out_was_zero(data):
+    """At alpha 10 the loss is 0, and its backward pass is not taken: with it, gradients are the same to the bit."""
+    run = new_run(data, erc_alpha=10.0)
+    run.add_token_gradient(1)
+    before = gradients(run.model)
+    value = run.add_erc_gradient(1)
+    assert value == 0 and gap(before, gradients(run.model)) == 0, f"erc {value}"
+    loss = run.model.erc_loss(10.0, "sample", keyed_generator("cpu", 0, 1, "erc"))
+    loss.backward()
+    assert gap(before, gradients(run.model)) == 0, f"a loss of {loss} has a gradient after all"
+
+
 def test_one_layer_of_responses_at_a_time(data):
     """Of all [n, n, D] responses kept for a backward pass, one is alive at a time; model.erc_loss keeps all three."""
     run = new_run(data, n_layers=3)
