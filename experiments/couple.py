@@ -134,8 +134,6 @@ def training_step(model, optimizer, scaler, micro_batches, step, clip=1.0):
 
 
 def main():
-    if sys.argv[1:]:
-        sys.exit("couple.py: error: it takes no options; call it alone for the demonstration")
     try:
         from transformers import OlmoeConfig, OlmoeForCausalLM
     except ImportError:

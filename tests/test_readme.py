@@ -94,7 +94,8 @@ def test_the_commands_parse(command, monkeypatch):
         options, explicit = train.parse(argv)
         train.configs({**train.PRESETS[options.preset], **explicit})
     elif program == "prepare_data.py":
-        monkeypatch.setattr(prepare_data, "prepare", lambda options: None)
+        for work in ("prepare", "check"):
+            monkeypatch.setattr(prepare_data, work, lambda options: None)
         assert prepare_data.main(argv) == 0
     else:
         assert (ROOT / program).exists(), program
