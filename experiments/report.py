@@ -147,7 +147,7 @@ def cost_ratios():
 def main_table(results, suite="n16", length=1.0):
     """What came of each variant, of those as long as `length` times the suite's steps."""
     costs = cost_ratios() if suite == "n16" else {}
-    rows = [("", "seeds", "val_ce", "less plain's, paired (95 %)", "time", "memory", "violated", "coupling",
+    rows = [("", "seeds", "val_ce", "/ floor", "less plain's, paired (95 %)", "time", "memory", "violated", "coupling",
              "agreement", "information")]
     for variant in results.variants(suite):
         if VARIANTS[variant].length != length:
@@ -157,6 +157,7 @@ def main_table(results, suite="n16", length=1.0):
         rows.append((
             NAMES[variant], len(results.seeds(suite, variant)),
             mean_sd(values(last("val_ce")), "{:.4f}"),
+            mean(values(lambda result: result["log"][-1]["val_ce"] / result["floor"]), "{:.3f}"),
             interval(results.paired(suite, variant, last("val_ce")))
             if variant not in ("plain", "plain-half", "erc-1-float32") else "",
             *([f"{ratio:.2f}" for ratio in costs.get(variant, ())] or ("", "")),
@@ -165,7 +166,7 @@ def main_table(results, suite="n16", length=1.0):
             mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
             mean(values(layers("information"))) if variant != "dense" else ""))
     if not costs:
-        rows = [row[:4] + row[6:] for row in rows]
+        rows = [row[:5] + row[7:] for row in rows]
     return table(*rows)
 
 
@@ -190,7 +191,8 @@ def weights_table(results, suite="n16"):
 def tokens_table(results, suite="n16"):
     """What the loss does to real tokens, over training and over layers."""
     rows = [("", "agreement at the start", "a quarter in", "half-way", "three quarters", "end", "end, by layer",
-             "among the K", "response", "cosine to R", "centre to R", "both less their means", "violated by centres")]
+             "among the K", "response", "cosine to R", "centre to R", "both less their means", "violated by centres",
+             "information, by layer")]
     for variant in results.variants(suite):
         if variant == "dense" or VARIANTS[variant].length != 1:
             continue
@@ -201,7 +203,9 @@ def tokens_table(results, suite="n16"):
             NAMES[variant], *over, ", ".join(f"{statistics.mean(layer):.0%}" for layer in by_layer),
             mean(values(layers("within")), "{:.0%}"), mean(values(layers("response"))), mean(values(layers("cosine"))),
             mean(values(layers("centre"))), mean(values(layers("relative"))),
-            mean(values(layers("centred")), "{:.0%}")))
+            mean(values(layers("centred")), "{:.0%}"),
+            ", ".join(f"{statistics.mean(layer):.2f}" for layer in zip(*values(
+                lambda result: result["watched"][-1]["information"])))))
     return table(*rows)
 
 
