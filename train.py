@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -639,7 +640,7 @@ def report(config, result):
     print(f"\na sample:\n{sample(state, '', config, pick_device(config.device))}\n")
     mine = {**asdict(config), **asdict(after.config)}
     flags = "".join(f" --{'no-' * (mine[field.name] is False)}{field.name.replace('_', '-')}"
-                    + f" {mine[field.name]}" * (field.type is not bool) for field in SETTINGS
+                    + f" {shlex.quote(str(mine[field.name]))}" * (field.type is not bool) for field in SETTINGS
                     if mine[field.name] != field.default and field.name not in ("out", "erc_weight"))
     print(f"more:       {again} --sample \"...\"\ntrain on:   {again} --resume --steps {2 * config.steps}\n"
           f"plain MoE:  {again}-plain{flags} --erc-weight 0")

@@ -188,25 +188,28 @@ def measure(model, data, every=4):
     for hook in hooks:
         hook.remove()
 
-    found = [{name: total[name] / total["n"] for name in ("agreement", "within", "response", "cosine")}
-             for total in sums]
-    for moe, total, its in zip(layers, sums, found):
-        used = total["counts"].sum(dim=0) > 0                                          # (n,)
-        centres = total["centre"][used] / total["counts"].sum(dim=0)[used, None]       # (used, d)
-        its["centred"] = coupling_report(activation_norms(centres, moe.W_g[used]))[0].item()
-        its["centre"] = torch.cosine_similarity(centres, moe.R[used], dim=1).mean().item()
-        mean = total["centre"].sum(dim=0) / total["n"]                                 # (d,)
-        its["relative"] = torch.cosine_similarity(centres - mean, (moe.R - moe.R.mean(dim=0))[used]).mean().item()
-        its["common"] = (mean.square().sum() * total["n"] / total["square"]).item()
-        joint = total["counts"] / total["n"]                                           # (kinds, n)
-        apart = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0)                      # (kinds, n)
-        its["information"] = (joint * (joint / apart).log2()).nan_to_num().sum().item()
-        its["counts"] = total["counts"].int().tolist()
-        rows_R, rows_W = moe.R.norm(dim=1), moe.W_g.flatten(1).norm(dim=1)             # (n,), (n,)
-        its |= dict(norm_R=rows_R.mean().item(), spread_R=(rows_R.std() / rows_R.mean()).item() if used.numel() > 1
-                    else 0.0, norm_W=rows_W.mean().item())
+    found = [of_layer(moe, total) for moe, total in zip(layers, sums)]
     return dict(kinds=kinds, **{name: [None if its[name] != its[name] else its[name] for its in found]
                                 for name in found[0]})
+
+
+def of_layer(moe, total):
+    """What `measure` says of one layer, from the sums over its tokens; NaN where there is no router to speak of."""
+    its = {name: total[name] / total["n"] for name in ("agreement", "within", "response", "cosine")}
+    used = total["counts"].sum(dim=0) > 0                                              # (n,)
+    centres = total["centre"][used] / total["counts"].sum(dim=0)[used, None]           # (used, d)
+    mean = total["centre"].sum(dim=0) / total["n"]                                     # (d,)
+    joint = total["counts"] / total["n"]                                               # (kinds, n)
+    apart = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0)                          # (kinds, n)
+    rows_R, rows_W = moe.R.norm(dim=1), moe.W_g.flatten(1).norm(dim=1)                 # (n,), (n,)
+    return its | dict(
+        centred=coupling_report(activation_norms(centres, moe.W_g[used]))[0].item(),
+        centre=torch.cosine_similarity(centres, moe.R[used]).mean().item(),
+        relative=torch.cosine_similarity(centres - mean, (moe.R - moe.R.mean(dim=0))[used]).mean().item(),
+        common=(mean.square().sum() * total["n"] / total["square"]).item(),
+        information=(joint * (joint / apart).log2()).nan_to_num().sum().item(),
+        counts=total["counts"].int().tolist(), norm_R=rows_R.mean().item(), norm_W=rows_W.mean().item(),
+        spread_R=(rows_R.std() / rows_R.mean()).item() if len(rows_R) > 1 else 0.0)
 
 
 def measure_weights(model, alpha):

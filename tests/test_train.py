@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -799,6 +800,23 @@ def test_bytes_that_are_no_text_in_a_real_command_line_and_an_ascii_terminal(fin
                           env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="1"))
     assert (done.returncode, done.stderr) == (0, b""), (done.returncode, done.stderr.decode())
     assert done.stdout.isascii() and not set(done.stdout) & set(b"\x1b\x00\x07\x08"), done.stdout
+
+
+def test_what_a_finished_run_suggests_fits_that_run(data, monkeypatch, capsys):
+    """The command for a plain MoE has this run's data and sizes; --sample has its sampling settings, unless told."""
+    config, moe = settings(data, out="here", steps=1, sample_tokens=7, erc_alpha=0.5, qk_norm=False)
+    train.report(config, train.train(config, moe))
+    command = re.search(r"plain MoE:  python train.py (.*)", capsys.readouterr().out)[1]
+    options, explicit = train.parse(shlex.split(command))
+    plain, shape = train.configs(explicit)
+    assert shape == moe, f"{shape}, not {moe}"
+    assert plain == replace(config, out="here-plain", erc_weight=0.0), f"{plain}, not {config}"
+
+    seen = []
+    monkeypatch.setattr(train, "sample", lambda state, prompt, config, device: seen.append(config) or "")
+    for more in ([], ["--sample-tokens", "9"]):
+        assert train.main(["--out", "here", "--device", "cpu", "--sample", "the", *more]) == 0
+    assert [one.sample_tokens for one in seen] == [7, 9], [one.sample_tokens for one in seen]
 
 
 # ---- Starting ------------------------------------------------------------------------------------
