@@ -1,4 +1,4 @@
-"""A few kB of text as token shards, made once, for the tests of the trainer."""
+"""What tests of the trainer share: a few kB of text as token shards, and for each test a folder and one thread."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import prepare_data
 
@@ -21,3 +22,13 @@ def data(tmp_path_factory):
         prepare_data.main([str(folder / "text.txt"), "--out", str(folder / "shards"), "--tokenizer", "bytes",
                            "--shard-tokens", "6000", "--workers", "1"])
     return str(folder / "shards")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own, with one thread: these matrices are too small for more."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -38,14 +38,7 @@ SMALL = dict(context_length=32, n_layers=1, n_heads=2, d_model=16, d_expert=8, n
              warmup=2, log_every=1, eval_every=3, save_every=4, device="cpu", dtype="fp32", sample_tokens=1)
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, with one thread."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")

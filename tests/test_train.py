@@ -32,14 +32,7 @@ SMALL = dict(context_length=32, n_layers=2, n_heads=2, d_model=16, d_expert=8, n
              warmup=2, eval_every=0, save_every=0, log_every=1, device="cpu", dtype="fp32")
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, with one thread: these matrices are too small for more."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def settings(data, **changes):

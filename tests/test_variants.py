@@ -21,14 +21,7 @@ from prepare_data import UserError
 GPU = {name: train.GPU[name] for name in ("n_layers", "n_heads", "d_model", "d_expert", "n_experts", "top_k")}
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, with one thread: these matrices are too small for more."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def small(**changes):
