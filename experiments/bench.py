@@ -1,6 +1,6 @@
 """How fast is it? One command, one process, on whatever machine it finds: a GPU if there is one, else the CPU.
 
-    python experiments/bench.py               # all sections, 10 to 15 minutes on two quiet CPU cores
+    python experiments/bench.py               # all sections, about 15 minutes on two quiet CPU cores
     python experiments/bench.py --only erc    # measures one section again
     python experiments/bench.py --table       # prints the tables from the result files
 
@@ -95,12 +95,18 @@ def setup_for(quick, rounds, scratch):
     return Setup(device, rounds, data, Path(scratch), dtype=train.pick_dtype("auto", device), **sizes)
 
 
-def interleave(functions, setup):
-    """Runs each function(round) once per round, in another order each time -> {name: [seconds, ...]}."""
+def interleave(functions, setup, settle=False):
+    """Runs each function(round) once per round, in another order each time -> {name: [seconds, ...]}.
+
+    settle: once more before, untimed. In bfloat16, oneDNN keeps the last 1,024 kernels that it compiled; a contender
+    that needs new ones in every step throws out everybody's, and alone, as in training, each would have its own.
+    """
     names, times = list(functions), {name: [] for name in functions}
     wait = torch.cuda.synchronize if setup.device.type == "cuda" else lambda: None
     for r in range(setup.warmup + setup.rounds):
         for name in random.Random(r).sample(names, len(names)):  # so that nobody always has the same predecessor
+            if settle:
+                functions[name](r)
             wait()
             start = time.perf_counter()
             functions[name](r)
@@ -220,7 +226,7 @@ def measure_step(setup):
         for size in setup.squares:
             a, b = torch.randn(2, size, size, device=setup.device).to(dtype)
             functions[f"matmul {size}, {str(dtype)[6:]}"] = lambda r, a=a, b=b: a @ b
-    times = interleave(functions, setup)
+    times = interleave(functions, setup, settle=True)
     return dict(tokens=setup.tokens(), flops_per_token=flops_per_token(setup.model), skipped=skipped, seconds=times,
                 ce={name: torch.stack(values).tolist() for name, values in ce.items()})  # warm-up included
 
@@ -256,14 +262,21 @@ def layer_pass(n, tokens, setup):
 
 
 def measure_erc(setup):
+    """A step without the loss; with it while constraints are broken ("acting"), as at the start of a run; and with it
+    where none is ("coupled"), as in most steps later on. With next to no learning rate, each stays what it is.
+    """
     functions = {}
     for accumulate in setup.accumulate:
-        gpu = setup.device.type == "cuda"
-        config = TrainConfig(data=setup.data, device=str(setup.device), compile=gpu,
+        config = TrainConfig(data=setup.data, device=str(setup.device), compile=setup.device.type == "cuda", lr=1e-12,
                              seed=SEED, batch_size=setup.batch_size, accumulate=accumulate)
-        run = Run(config, None, MoETransformer(setup.model))
-        for erc in (False, True):
-            functions[f"accumulate {accumulate}, {'on' if erc else 'off'}"] = (
+        acting, coupled = (Run(config, None, MoETransformer(setup.model)) for _ in range(2))
+        optimizer = torch.optim.Adam(coupled.model.parameters(), lr=3e-3)
+        for step in range(100):
+            coupled.add_erc_gradient(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        for state, run, erc in (("off", acting, False), ("acting", acting, True), ("coupled", coupled, True)):
+            functions[f"accumulate {accumulate}, {state}"] = (
                 lambda r, run=run, erc=erc: take_step(run, r + 1, erc))
     for n in setup.erc_experts:  # the loss after the layer's backward pass, as in the trainer: it adds to gradients
         moe, functions[f"layer {n}"] = layer_pass(n, setup.tokens(), setup)
@@ -379,11 +392,13 @@ def show_step(result):
 
 def show_erc(result):
     times, tokens, K, percent = result["seconds"], result["tokens"], result["top_k"], "{:+.1%}"
-    steps = [("tokens per step", "ms per step, ERC off", "time added by ERC", "predicted by FLOPs of the step")]
+    steps = [("tokens per step", "ms per step, ERC off", "added while constraints are broken", "added once none is",
+              "predicted by FLOPs of the step")]
     for a in result["accumulate"]:
-        on, off = (f"accumulate {a}, {state}" for state in ("on", "off"))
+        off, acting, coupled = (f"accumulate {a}, {state}" for state in ("off", "acting", "coupled"))
         steps.append((f"{a} x {tokens}", spread([1000 * t for t in times[off]], "{:.0f}"),
-                      ratio(times, on, off, percent, less=1), percent.format(result["predicted_share_of_step"] / a)))
+                      *(ratio(times, on, off, percent, less=1) for on in (acting, coupled)),
+                      percent.format(result["predicted_share_of_step"] / a)))
     losses = [("n", f"layer, {tokens} tokens, ms", "ERC loss, ms", "loss / layer", "n^2 / (3 K T)")]
     for n in result["experts"]:
         losses.append((n, *(spread([1000 * t for t in times[f"{part} {n}"]], "{:.1f}") for part in ("layer", "loss")),

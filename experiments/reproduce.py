@@ -338,7 +338,7 @@ def again(suite, variant, seed):
 # ---- Cost ----
 
 
-def measure_cost(suite, rounds=15):
+def measure_cost(suite, rounds=60):
     """Times of a training step of each variant, in turn, and what it keeps in memory -> dict for cost.json.
 
     Memory is 16 bytes a parameter (weights, gradients, two moments), and what the forward pass keeps for the backward
