@@ -71,9 +71,10 @@ class MoEConfig:
             if (size := getattr(self, name)) % 8:
                 raise ValueError(f"{name} must be a multiple of 8, got {size}; try {max(8, round(size / 8) * 8)}")
         if self.d_model % (2 * self.n_heads):  # rotary embedding turns pairs of features, so heads are even
-            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even width")
+            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even width;"
+                             f" make it a multiple of {math.lcm(8, 2 * self.n_heads)}")
         if self.top_k > self.n_experts:
-            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}; lower it")
         if self.renormalize and self.top_k == 1 and self.n_experts > 1:
             raise ValueError("renormalize with top_k 1 makes every routing weight 1, so that the router learns nothing"
                              " from the data; leave renormalize off, or use top_k 2 or more")

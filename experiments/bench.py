@@ -234,12 +234,14 @@ def measure_step(setup):
 # ---- The price of the ERC loss ----
 
 
-def take_step(run, step, erc):
+def take_step(run, step, erc, extra_loss=None):
     """One step of the trainer, as in train.train, without its log."""
     means, _ = run.add_token_gradient(step)
     run.scaler.unscale_(run.optimizer)
     if erc:
         run.add_erc_gradient(step)
+    if extra_loss:
+        extra_loss(run.model).backward()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
     run.update(step, norm, means[0])
 

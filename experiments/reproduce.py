@@ -344,7 +344,7 @@ def measure_cost(suite, rounds=60):
     Memory is 16 bytes a parameter (weights, gradients, two moments), and what the forward pass keeps for the backward
     pass. The ERC loss keeps less than that, and comes when it is free again: it adds nothing.
     """
-    from bench import Setup, interleave
+    from bench import Setup, interleave, take_step
 
     device = train.pick_device("auto")
     functions, memory = {}, {}
@@ -352,16 +352,7 @@ def measure_cost(suite, rounds=60):
         config, _ = configs(suite, variant, 0)
         it = train.Run(config, None, initial_model(suite, variant, 0))
         extra_loss = VARIANTS[variant].extra_loss and VARIANTS[variant].extra_loss(0)
-
-        def step(number, it=it, extra=extra_loss):
-            means, _ = it.add_token_gradient(number + 1)
-            if it.config.erc_weight > 0:
-                it.add_erc_gradient(number + 1)
-            if extra:
-                extra(it.model).backward()
-            norm = torch.nn.utils.clip_grad_norm_(it.model.parameters(), it.config.grad_clip)
-            it.update(number + 1, norm, means[0])
-
+        functions[variant] = lambda r, it=it, extra=extra_loss: take_step(it, r + 1, it.config.erc_weight > 0, extra)
         kept = {}
 
         def pack(tensor, kept=kept):
@@ -375,7 +366,6 @@ def measure_cost(suite, rounds=60):
                 it.model(*batch)
         activations = sum(size for pointer, size in kept.items() if pointer not in weights)
         memory[variant] = dict(activations=activations, weights=16 * it.model.num_params()[0])
-        functions[variant] = step
     setup = Setup(device, rounds, "data/demo", Path("out"))
     return dict(suite=suite, rounds=rounds, seconds=interleave(functions, setup), bytes=memory, date=str(date.today()),
                 machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
