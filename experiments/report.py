@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as it stands, from any folder
 
+import bench
 import reproduce
 from reproduce import RESULTS, SUITES, VARIANTS
 
@@ -28,6 +29,7 @@ import prepare_data
 from prepare_data import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCH = RESULTS / "bench-cpu-2-cores.json"
 TEXTS = (ROOT / "README.md", RESULTS / "README.md")
 T_975 = {2: 4.30, 3: 3.18, 4: 2.78}  # of Student's t, by degrees of freedom
 NAMES = {
@@ -283,12 +285,20 @@ def claims_table(results):
     return table(*rows)
 
 
+def bench_table(section, i=0):
+    """The i-th table of a section of the benchmark."""
+    if not BENCH.exists():
+        return "(needs python experiments/bench.py)"
+    shown = bench.SECTIONS[section][1](json.loads(BENCH.read_text(encoding="utf-8"))[section])
+    return [part for part in shown.split("\n\n") if part.startswith("|")][i]
+
+
 def cost_claims():
     """Two more rows, from the benchmark and from cost.json; none where these were not measured."""
-    bench, costs = RESULTS / "bench-cpu-2-cores.json", cost_ratios()
-    if not bench.exists() or not costs:
+    costs = cost_ratios()
+    if not BENCH.exists() or not costs:
         return []
-    erc = json.loads(bench.read_text(encoding="utf-8"))["erc"]
+    erc = json.loads(BENCH.read_text(encoding="utf-8"))["erc"]
     first = f"accumulate {erc['accumulate'][0]}"
     off, *on = (erc["seconds"][f"{first}, {state}"] for state in ("off", "acting", "coupled"))
     acting, coupled = (statistics.median(a / b for a, b in zip(times, off)) - 1 for times in on)
@@ -308,6 +318,9 @@ TABLES = {
     "half": lambda results: main_table(results, "n16", 0.5), "main-n64": lambda results: main_table(results, "n64"),
     "weights": weights_table, "weights-n64": lambda results: weights_table(results, "n64"),
     "tokens": tokens_table, "tokens-n64": lambda results: tokens_table(results, "n64"), "noise": noise_table,
+    "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
+    "bench-loss": lambda _: bench_table("erc", 1), "bench-scaling": lambda _: bench_table("scaling"),
+    "bench-scaling-more": lambda _: bench_table("scaling", 1), "bench-overhead": lambda _: bench_table("overhead"),
 }
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n\n|\Z)", re.DOTALL)
 
