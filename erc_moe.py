@@ -25,7 +25,7 @@ capacity limits (no token is ever dropped), a key-value cache, expert parallelis
 One letter, one size, everywhere in this file:
   B batch   T tokens in a row   N = B*T tokens   V vocabulary   L layers   H heads
   n experts   K experts per token   S = N*K rows to compute   d model width   D width inside an expert
-(In bfloat16 on a CPU, S is a few rows more: see `dispatch`.)
+(In bfloat16 on a CPU, S is up to 63 rows per expert more: see `dispatch`.)
 """
 
 import math
@@ -83,7 +83,11 @@ class MoEConfig:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
 
 
-# ---- The ERC loss. To use it elsewhere, paste from this line ... -----------------------------------------------------
+# ---- The ERC loss. To use it elsewhere, paste what stands between this line ... --------------------------------------
+
+# From the erc-moe project: MIT licence, copyright (c) 2026 the erc-moe authors; the text of its LICENSE goes with it.
+# The loss of Lv et al., arXiv 2512.23447, in three steps: 1. shake the router's rows, which are proxies for the tokens
+# of their experts; 2. M[i, j] = ||R~[i] W_g[j]||; 3. a hinge: M[i, i] is to be the largest of row i and column i.
 
 
 def at_least_float32(x):
@@ -168,7 +172,8 @@ def erc_loss(R, W_g, alpha=1.0, noise="sample", generator=None):
     """
     if R.ndim != 2 or W_g.ndim != 3 or W_g.shape[:2] != R.shape:
         raise ValueError(f"erc_loss wants R [n, d] and W_g [n, d, D], got {list(R.shape)} and {list(W_g.shape)};"
-                         " weights stored as [n, D, d] want W_g.transpose(1, 2)")
+                         " stored as [n, D, d], W_g wants .transpose(1, 2), and a router [d, n] wants .T; of gate and"
+                         " up projections in one tensor, take the gate half alone")
     if noise not in ("sample", "none", "expected"):
         raise ValueError(f'noise must be "sample", "none" or "expected", got {noise!r}')
     if noise == "sample":
@@ -182,17 +187,18 @@ def erc_loss(R, W_g, alpha=1.0, noise="sample", generator=None):
 def coupling_report(M, alpha=1.0):
     """What to watch.  M [n, n] -> (violated, coupling), two scalar tensors.
 
-    violated: share of the 2n(n-1) constraints of step 3 that M breaks. coupling: mean M[i,i] / mean M[i,j], free of
-    the scale of the weights; about 1 at random weights.
+    violated: share of the 2n(n-1) constraints of step 3 that M breaks (NaN breaks them). coupling: mean M[i,i] / mean
+    M[i,j], j != i; free of a common scale of the weights, about 1 at random ones, 1 where n = 1. If rows differ much in
+    length, the longest decide it.
     """
     n = M.size(0)
     own, off = M.diagonal(), ~torch.eye(n, dtype=torch.bool, device=M.device)          # (n,), (n, n)
-    broken = ((M > alpha * own[:, None]) & off).sum() + ((M > alpha * own[None, :]) & off).sum()
-    others = (M * off).sum() / max(1, n * (n - 1))
+    broken = (off & ~(M <= alpha * own[:, None])).sum() + (off & ~(M <= alpha * own[None, :])).sum()
+    others = (M * off).sum() / (n * (n - 1)) if n > 1 else own.mean()
     return broken / max(1, 2 * n * (n - 1)), own.mean() / others.clamp(min=torch.finfo(M.dtype).tiny)
 
 
-# ---- ... to this line. Nothing above needs more than `import torch`. -------------------------------------------------
+# ---- ... and this line. It needs `import torch` and nothing else. ----------------------------------------------------
 
 
 def balance_loss(probs, load):
@@ -217,8 +223,8 @@ class TakeRows(torch.autograd.Function):
     """y = x[source], for a `source` that names each row of x equally often; `copies` lists where, row by row.
 
     The gradient of x[source] adds up copies of a row. PyTorch would scatter them with atomic additions, in any order,
-    so that two equal runs differ. Since we know where each row went, we gather its copies and sum them instead. (What
-    `source` says in filler rows, see `dispatch`, is not listed, and gets no gradient.)
+    so that two equal runs differ. Since we know where each row went, we gather its copies and sum them instead. (Filler
+    rows, see `dispatch`, are listed nowhere when taken, and what they get when combined is a gradient that meets 0.)
     """
 
     @staticmethod
@@ -243,7 +249,8 @@ def dispatch(experts, n, block=1):
     of each expert is one block of rows. row[p] is the row of pair p, pair[r] the pair in row r; ends[j] is where the
     rows of expert j end, and load[j] how many they are. No shape depends on the routing, so nothing recompiles, and in
     bf16 on a Hopper GPU nothing waits (elsewhere grouped_mm loops over experts); a stable sort makes equal runs equal
-    to the bit. With block > 1, filler rows round each expert's rows up to a multiple of it; pair is 0 in them.
+    to the bit. With block > 1, filler rows round each expert's rows up to a multiple of it (and S, which then depends
+    on the routing); pair is 0 in them.
 
     Three tokens that chose experts (2, 0), (0, 1), (2, 1): pair 1, 2, 3, 5, 0, 4; row 4, 0, 1, 2, 5, 3; ends 2, 4, 6.
     """

@@ -3,8 +3,8 @@
     python experiments/couple.py        # couples a small random OLMoE, in seconds; needs the package transformers
 
 For your own loop copy, below `import re` and `import torch`, the block of erc_moe.py between its two paste lines, and
-this file from KNOWN to `coupling`. Then call `add_erc_gradient(model, step)` once per optimizer step, where
-`training_step` does. What can go wrong:
+this file from KNOWN to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
+per optimizer step, where `training_step` does. What can go wrong:
 
 * Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch, or divided by their
   number, it counts too much or too little. Add it once, after the last of them.
@@ -19,7 +19,8 @@ this file from KNOWN to `coupling`. Then call `add_erc_gradient(model, step)` on
   tested: the older FullyShardedDataParallel (its slices are refused for their shape), tensor and expert parallelism,
   DeepSpeed (which keeps gradients elsewhere than in .grad).
 * Trainer. The place is on_pre_optimizer_step(args, state, control, model, **_) of a callback, with state.global_step as
-  `step`. Clipping is over by then. (Tried once by hand, not in the tests.)
+  `step`. Clipping is over by then; in float16, max_grad_norm must be above 0, for without clipping nothing unscales
+  the gradients before that place. (Tried once by hand, not in the tests; float16 not at all.)
 * Evaluation. Leave it out there: with its noise, the validation loss would be random. `coupling` has none.
 * Frozen weights. A layer learns what may be trained, router or gate; if nothing may, that is an error. LoRA leaves both
   frozen and renames them: an error as well.
@@ -78,10 +79,11 @@ def routers_and_gates(model):
     """
     whole = lambda weight: weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of fully_shard's slices
     for name, layer in moe_layers(model).items():
-        held = dict([*layer.named_parameters(), *layer.named_buffers()])
+        held = {tensor.replace("_orig_mod.", ""): value  # (what torch.compile calls the module that it wraps)
+                for tensor, value in [*layer.named_parameters(), *layer.named_buffers()]}
         if unknown := [tensor for tensor in held if not KNOWN.fullmatch(tensor)]:
-            raise ValueError(f"{name} holds {unknown[0]}, which is not known here; if tokens pass through it on the way"
-                             " to the experts, send the proxies through it, and call erc_loss yourself")
+            raise ValueError(f"{name} holds {unknown[0]}, which is not known here; call erc_loss yourself, on proxies"
+                             " that pass through it, if tokens do on the way to the experts (a bias has no part in it)")
         routers = [held[router] for router in ("gate.weight", "router.weight") if router in held]
         W_g = gate_matrices(held, *routers[0].shape) if [R.ndim for R in routers] == [2] else None
         if W_g is None:
@@ -99,7 +101,7 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0):
     """
     layers, losses = len(moe_layers(model)), []
     for i, (R, W_g) in enumerate(routers_and_gates(model)):  # layer by layer: only one's n * n responses [D] are alive
-        noise = torch.Generator(R.device).manual_seed(step * layers + i)
+        noise = torch.Generator(R.device).manual_seed(int(step) * layers + i)
         with torch.autocast(R.device.type, enabled=False):  # else the caller's autocast would be that of backward
             losses.append(erc_loss(R, W_g, alpha, generator=noise) / layers)
             if losses[-1].requires_grad:  # a frozen layer counts in the mean, and learns nothing
@@ -123,7 +125,7 @@ def training_step(model, optimizer, scaler, micro_batches, step, clip=1.0):
     """One optimizer step, as it may be in your loop; `here` is what this file adds to it."""
     optimizer.zero_grad()
     for tokens in micro_batches:                                                       # (B, T) each
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16):  # float16 where the scaler is enabled
             loss = model(input_ids=tokens, labels=tokens).loss / len(micro_batches)
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)

@@ -75,6 +75,9 @@ VARIANTS = {
     "centred-1": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(1.0, seed)),
     "centred-0.5": Variant(3, PLAIN, extra_loss=lambda seed: variants.CentredProbe(0.5, seed)),
     "orthogonal": Variant(3, PLAIN, extra_loss=lambda seed: variants.orthogonality),
+    "plain-no-z": Variant(5, dict(PLAIN, z_weight=0.0)),  # the z-loss turns rows of R away from their tokens
+    "erc-1-no-z": Variant(5, dict(erc_weight=1.0, z_weight=0.0)),
+    "erc-0.5-no-z": Variant(5, dict(erc_weight=1.0, erc_alpha=0.5, z_weight=0.0)),
     "plain-half": Variant(3, PLAIN, length=0.5),  # what half as long a run is compared with
     "erc-1-half": Variant(3, dict(erc_weight=1.0), length=0.5),
     **{f"probe-{where}": Variant(3, PLAIN, extra_loss=lambda seed, where=where: variants.probe_loss(where, seed=seed),
