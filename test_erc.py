@@ -184,7 +184,7 @@ def test_report_counts_constraints_and_measures_the_diagonal(erc):
     violated, coupling = erc.coupling_report(M, 1.0)
     assert (violated.item(), coupling.item()) == pytest.approx((3 / 12, 2 / 1.25))
     violated, _ = erc.coupling_report(M * torch.nan)
-    assert violated == 1, f"weights that are NaN break {violated:.0%} of the constraints, and should not look like success"
+    assert violated == 1, f"NaN breaks {violated:.0%} of the constraints; it should not look like success"
 
 
 # ---- The whole loss ----

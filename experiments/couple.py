@@ -82,8 +82,9 @@ def routers_and_gates(model):
         held = {tensor.replace("_orig_mod.", ""): value  # (what torch.compile calls the module that it wraps)
                 for tensor, value in [*layer.named_parameters(), *layer.named_buffers()]}
         if unknown := [tensor for tensor in held if not KNOWN.fullmatch(tensor)]:
-            raise ValueError(f"{name} holds {unknown[0]}, which is not known here; call erc_loss yourself, on proxies"
-                             " that pass through it, if tokens do on the way to the experts (a bias has no part in it)")
+            raise ValueError(f"{name} holds {unknown[0]}, which is not known here; if tokens pass through it on the way"
+                             " to the experts, send the proxies through it, and call erc_loss yourself (a bias has no"
+                             " part in the loss)")
         routers = [held[router] for router in ("gate.weight", "router.weight") if router in held]
         W_g = gate_matrices(held, *routers[0].shape) if [R.ndim for R in routers] == [2] else None
         if W_g is None:

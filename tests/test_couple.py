@@ -327,6 +327,17 @@ def test_fully_sharded_weights_get_the_gradient_of_whole_ones(two_processes):
     assert Path(folder, "sharded0").exists() and Path(folder, "sharded1").exists(), done.stderr[-3000:]
 
 
+def test_compiled_experts_are_understood():
+    """torch.compile of the experts renames their weights; they get the same gradient."""
+    plain, compiled = hugging_face_model(), hugging_face_model()
+    for layer in compiled.model.layers:
+        layer.mlp.experts = torch.compile(layer.mlp.experts)  # (nothing runs, so nothing compiles)
+    assert torch.equal(couple.add_erc_gradient(plain, 3), couple.add_erc_gradient(compiled, 3))
+    found = {name.replace("_orig_mod.", ""): gradient for name, gradient in gradients(compiled).items()}
+    assert found.keys() == gradients(plain).keys(), found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients(plain).items())
+
+
 # ---- What is refused -----------------------------------------------------------------------------
 
 
