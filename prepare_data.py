@@ -381,6 +381,8 @@ def fetch(url, path):
 def download(name, folder):
     """The path of a hub file in a folder, downloaded unless it is there; whole and right, else UserError."""
     url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{name}"
+    if not url.startswith(("https://", "http://")):
+        raise UserError(f"{url} is no address; HF_ENDPOINT must begin with https://", code=2)
     path = folder / f"{name.partition('/resolve/')[2][:8]}-{Path(name).name}"
     folder.mkdir(parents=True, exist_ok=True)
     best, failures = 0, 0
@@ -721,7 +723,7 @@ def number(kind, low, high, text):
 def main(argv=None):
     """The command line; returns the exit code. Raises UserError."""
     parser = Parser(prog="prepare_data.py", description=__doc__.splitlines()[0])
-    parser.add_argument("source", nargs="*", help=f"{', '.join(SOURCES)}, or files and folders of UTF-8 text")
+    parser.add_argument("source", nargs="*", help=f"{', '.join(SOURCES)}, or UTF-8 files, or folders of .txt files")
     parser.add_argument("--out", help="folder for the shards (default: data/<name>)")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: bytes for demo, else gpt2")
     parser.add_argument("--subsets", type=partial(number, int, 1, 21), help="of openwebtext (default: 21)")

@@ -295,8 +295,8 @@ def claim(out, resume, overwrite):
         raise UserError(f"another run is writing to {out}; wait for it, or choose another --out") from error
     old = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt", out / "log.csv") if path.exists()]
     if any(path.suffix == ".pt" for path in old) and not resume and not overwrite:
-        raise UserError(f"{out} already holds a run; go on: python train.py --out {out} --resume; try it: python"
-                        f' train.py --out {out} --sample "Once"; or start anew: add --overwrite', code=2)
+        raise UserError(f'{out} already holds a run; go on: {command(out)} --resume; try it: {command(out)} --sample'
+                        ' "Once"; or start anew: add --overwrite', code=2)
     for path in [] if resume else old:
         path.unlink()
     return lock
@@ -314,7 +314,8 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu", code=2) from error
+        reason = str(error).splitlines()[0][:100].split(". ")[0]  # some are pages long
+        raise UserError(f"no device {name!r} here ({reason}); try --device cpu", code=2) from error
     if name.startswith("cuda"):
         torch.cuda.set_device(name)  # else pinned memory and NCCL of every process would use the first GPU
     return torch.device(name)
@@ -328,6 +329,12 @@ def pick_dtype(name, device):
         has = torch.cpu.get_capabilities()
         name = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16).get(name, torch.float32)
+
+
+def command(out, processes=1):
+    """How to start train.py on a run folder, to be pasted into a shell."""
+    launcher = f"torchrun --nproc-per-node={processes}" if processes > 1 else "python"
+    return f"{launcher} train.py --out {shlex.quote(str(out))}"
 
 
 def check_size(config, moe):
@@ -388,8 +395,9 @@ class Run:
         """Takes up a checkpoint; UserError where data, processes or shapes are not those it was saved with."""
         for name, here in dict(data=self.data.fingerprint, processes=self.processes).items():
             if state[name] != here:
-                raise UserError(f"the run to resume had other {name} ({state[name]}, here {here}); bring them back, or"
-                                " start a new run with another --out")
+                mend = "start as many with torchrun --nproc-per-node" if name == "processes" else "bring them back"
+                raise UserError(f"the run to resume had other {name} ({state[name]}, here {here}); {mend}, or start a"
+                                " new run with another --out")
         try:
             for name in ("model", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
@@ -509,14 +517,15 @@ def describe(run):
     config, shape, (total, active) = run.config, run.model.config, run.model.num_params()
     tokens = run.step_tokens
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
-    floor = run.data.meta.get("entropy_floor")
+    floor, trained = run.data.meta.get("entropy_floor"), sum(map(len, run.data.train))
     erc_cost = shape.n_experts**2 / (3 * shape.top_k * tokens)  # 6 n^2 dD for a step, 18 K dD for each of its tokens
     return (f"run    torch {torch.__version__} on {device}, {str(run.dtype)[6:]}, processes: {run.processes}\n"
             f"model  {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token; {shape.n_layers} layers,"
             f" d={shape.d_model}, {shape.n_experts} experts of D={shape.d_expert}, top-{shape.top_k}\n"
-            f"data   {config.data}: {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})"
+            f"data   {config.data}: {trained:,} training tokens ({run.data.tokenizer})"
             f"{f', entropy floor {floor:.4f} nats per token' if floor else ''}\n"
-            f"train  {config.steps:,} steps of {tokens:,} tokens; ERC weight {config.erc_weight:g}, alpha"
+            f"train  {config.steps:,} steps of {tokens:,} tokens, {config.steps * tokens / trained:.1f} times the data"
+            f"{', all of it warm-up' if config.warmup >= config.steps else ''}; ERC weight {config.erc_weight:g}, alpha"
             f" {config.erc_alpha:g}, noise {config.erc_noise}, for {erc_cost:.2%} of the experts' FLOPs")
 
 
@@ -626,7 +635,7 @@ def sample(state, prompt, config, device):
 
 def report(config, result):
     """Prints how a run ended: quality, coupling before and after, a sample, and how to go on."""
-    state, again = load_checkpoint(Path(config.out)), f"python train.py --out {config.out}"
+    state = load_checkpoint(Path(config.out))
     floor = prepare_data.load_data(config.data).meta.get("entropy_floor")
     print(f"\nval_ce {result['val_ce']:.4f} nats per token"
           + (f", {result['val_ce'] / floor:.3f} times the entropy floor of this corpus, {floor:.4f}" if floor else ""))
@@ -637,20 +646,26 @@ def report(config, result):
         print(f"{title} training: violated {numbers['violated']:.1%}, coupling {numbers['coupling']:.2f}; M of the last"
               " layer (a row for each proxy, a column for each expert, @ within a tenth of the largest of its row):")
         print(erc_moe.heat_map(erc_moe.activation_norms(moe.R, moe.W_g).detach()))
-    print(f"\na sample:\n{sample(state, '', config, pick_device(config.device))}\n")
+    try:
+        print(f"\na sample:\n{sample(state, '', config, pick_device(config.device))}\n")
+    except UserError as error:  # no network, no vocabulary: the run is done all the same
+        print(f"\nno sample: {error}\n")
     mine = {**asdict(config), **asdict(after.config)}
     flags = "".join(f" --{'no-' * (mine[field.name] is False)}{field.name.replace('_', '-')}"
                     + f" {shlex.quote(str(mine[field.name]))}" * (field.type is not bool) for field in SETTINGS
                     if mine[field.name] != field.default and field.name not in ("out", "erc_weight"))
-    print(f"more:       {again} --sample \"...\"\ntrain on:   {again} --resume --steps {2 * config.steps}\n"
-          f"plain MoE:  {again}-plain{flags} --erc-weight 0")
+    print(f"more:       {command(config.out)} --sample \"...\"\n"
+          f"train on:   {command(config.out, state['processes'])} --resume --steps {2 * config.steps}")
+    if config.erc_weight > 0 and after.config.n_experts > 1:
+        print(f"plain MoE:  {command(f'{Path(config.out)}-plain', state['processes'])}{flags} --erc-weight 0")
 
 
 def parse(argv):
     """(options, explicit): what to do, and those settings that stand on the command line."""
     parser = prepare_data.Parser(prog="train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from (default: demo)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it"
+                        " has; more --steps stretch the learning rate's schedule, so that it rises once more")
     parser.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run")
     parser.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out, and stop")
     for field in SETTINGS:
@@ -672,21 +687,25 @@ def main(argv=None):
     name = options.preset
     config, moe = configs({"data": f"data/{name}", "out": f"out/{name}", **PRESETS[name], **explicit})
     state = load_checkpoint(Path(config.out)) if options.resume or options.sample is not None else None
+    may_change = MAY_CHANGE_ON_RESUME if options.sample is None else [*MAY_CHANGE_ON_RESUME, "seed"]
+    for name, value in explicit.items():
+        if state and name not in may_change and value != state["config"][name]:
+            raise UserError(f"--{name.replace('_', '-')} is {value} here, but {state['config'][name]} in the run to"
+                            " go on with; leave it out, or start a new run with another --out", code=2)
     if options.sample is not None:
         config, _ = configs({**state["config"], "device": config.device, **explicit})
         print(sample(state, options.sample, config, pick_device(config.device)))
         return 0
     if options.resume:
-        for name, value in explicit.items():
-            if name not in MAY_CHANGE_ON_RESUME and value != state["config"][name]:
-                raise UserError(f"--{name.replace('_', '-')} is {value} here, but {state['config'][name]} in the run to"
-                                " resume; leave it out, or start a new run with another --out", code=2)
         changed = {name: explicit[name] for name in MAY_CHANGE_ON_RESUME if name in explicit}
         config, moe = configs({**state["config"], **changed, "out": config.out})
         if state["step"] >= config.steps:
             raise UserError(f"{config.out} is finished, at step {state['step']}; to train on, add --steps N", code=2)
-    if config.data == "data/demo" and not Path(config.data, "meta.json").exists():
+    rank, demo = int(os.environ.get("RANK", 0)), Path("data/demo/meta.json")
+    if config.data == "data/demo" and not demo.exists() and rank == 0:
         prepare_data.main(["demo"])
+    while config.data == "data/demo" and not demo.exists():  # the other processes of torchrun
+        time.sleep(0.1)
     try:
         result = train(config, moe, resume=state, overwrite=options.overwrite)
     except RuntimeError as error:
@@ -695,12 +714,12 @@ def main(argv=None):
         raise UserError("out of memory; lower --batch-size, and raise --accumulate to make up for it") from error
     if dist.is_initialized():
         dist.destroy_process_group()
-    if result["signal"]:
-        print(f"stopped and saved; go on with: python train.py --out {config.out} --resume")
-        return 128 + result["signal"]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0 and result["signal"]:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        print(f"stopped and saved; go on with: {command(config.out, processes)} --resume")
+    elif rank == 0:
         report(config, result)
-    return 0
+    return 128 + result["signal"] if result["signal"] else 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ NAMES = {
     "plain": "plain MoE", "erc-1": "**ERC, alpha 1**", "erc-0.5": "ERC, alpha 0.5", "erc-0": "ERC, alpha 0",
     "erc-2": "ERC, alpha 2 (placebo)", "erc-3": "ERC, alpha 3", "erc-1-no-noise": "ERC without noise",
     "erc-1-expected": "ERC, noise in closed form", "erc-1-float32": "ERC, trained in float32", "dense": "dense",
-    "aoe": "Autonomy-of-Experts", "aoe-no-z": "the same without z-loss",
+    "aoe": "Autonomy-of-Experts", "aoe-no-z": "Autonomy-of-Experts without z-loss",
+    "plain-no-z": "plain MoE without z-loss", "erc-1-no-z": "ERC, alpha 1, without z-loss",
+    "erc-0.5-no-z": "ERC, alpha 0.5, without z-loss",
     "orthogonal": "router orthogonalisation", "centred-1": "centred proxies (ours)",
     "centred-0.5": "centred proxies, alpha 0.5", "plain-half": "plain MoE", "erc-1-half": "ERC, alpha 1",
     "probe-up": "probe: up projection", "probe-swiglu": "probe: after SwiGLU", "probe-output": "probe: output",
@@ -260,11 +262,16 @@ def claims_table(results):
             ("ERC (alpha 1) beats the plain MoE", "yes, from 3B parameters on", "erc-1", "plain", -1),
             ("ERC (alpha 1) beats the placebo (alpha 2)", "yes", "erc-1", "erc-2", -1),
             ("ERC (alpha 0.5) beats the plain MoE", "yes, at n=256", "erc-0.5", "plain", -1),
+            ("ERC (alpha 1) beats the plain MoE, both without z-loss", "yes", "erc-1-no-z", "plain-no-z", -1),
             ("with noise ERC is better than without", "most of the gain", "erc-1", "erc-1-no-noise", -1),
             ("router orthogonalisation does less than ERC", "yes", "orthogonal", "erc-1", 1),
             ("Autonomy-of-Experts beats the plain MoE", "yes", "aoe", "plain", -1)):
         pairs = less(variant, last("val_ce"), against)
         rows.append((claim, paper, "val_ce " + interval(pairs), verdict_of(pairs, wanted)))
+    for claim, variant, against in (("with z-loss", "erc-1", "plain"), ("without z-loss", "erc-1-no-z", "plain-no-z")):
+        pairs = [100 * value for value in less(variant, last("agreement"), against)]
+        rows.append((f"tokens notice: ERC (alpha 1) raises agreement, {claim}", "not reported",
+                     interval(pairs, "{:+.1f}") + " percentage points", verdict_of(pairs, 1)))
     fires = max(row["erc"] for seed in results.seeds("n16", "erc-3") for row in results["n16", "erc-3", seed]["log"])
     rows.append(("alpha 3 is nearly the plain MoE", "yes", f"its ERC loss is {fires:.5f} at most: it never acts",
                  "seen" if fires < 1e-5 else "contradicted"))
@@ -314,7 +321,8 @@ def cost_claims():
              "seen" if time >= 1.3 and memory >= 1.15 else "not seen at this scale")]
 
 
-SHORT = ("plain", "erc-1", "erc-0.5", "erc-2", "aoe", "dense", "centred-0.5")  # what the README has room for
+SHORT = ("plain", "erc-1", "erc-0.5", "erc-2", "aoe", "dense", "centred-0.5", "plain-no-z", "erc-1-no-z",
+         "erc-0.5-no-z")  # what the README has room for
 TABLES = {
     "claims": claims_table, "main": main_table, "main-short": lambda results: main_table(results, only=SHORT),
     "half": lambda results: main_table(results, "n16", 0.5), "main-n64": lambda results: main_table(results, "n64"),

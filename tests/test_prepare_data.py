@@ -792,6 +792,15 @@ def serve_stories(hub, train=60, valid=20):
 TINY = ["tinystories", "--out", "o", "--tokenizer", "bytes"]
 
 
+def test_a_mirror_without_https_is_refused_at_once(monkeypatch):
+    """HF_ENDPOINT=mirror.example: no request, no second try, one line that says how to write it."""
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    monkeypatch.setattr(prepare_data, "fetch", None)
+    with pytest.raises(UserError, match="HF_ENDPOINT must begin with https://") as caught:
+        main(TINY)
+    assert caught.value.code == 2
+
+
 def test_tinystories_from_the_hub(hub):
     """Both files come from the pinned commit, become the two splits, and are not asked for again."""
     serve_stories(hub)

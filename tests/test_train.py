@@ -810,6 +810,55 @@ def test_what_a_finished_run_suggests_fits_that_run(data, monkeypatch, capsys):
     for more in ([], ["--sample-tokens", "9"]):
         assert train.main(["--out", "here", "--device", "cpu", "--sample", "the", *more]) == 0
     assert [one.sample_tokens for one in seen] == [7, 9], [one.sample_tokens for one in seen]
+    with pytest.raises(UserError, match="--n-experts is 5 here, but 4 in the run") as caught:  # not samples of that
+        train.main(["--out", "here", "--sample", "the", "--n-experts", "5"])
+    assert caught.value.code == 2
+
+
+def test_suggested_commands_can_be_pasted(data, capsys):
+    """A folder with a blank and a slash at the end; a plain run is not told to try a plain one."""
+    for weight in (1.0, 0.0):
+        config, moe = settings(data, out="a run/", steps=1, erc_weight=weight)
+        train.report(config, train.train(config, moe, overwrite=True))
+        told = dict(re.findall(r"(?m)^(more|train on|plain MoE): +python train.py (.*)$", capsys.readouterr().out))
+        folders = {name: train.parse(shlex.split(command))[1]["out"] for name, command in told.items()}
+        expected = {"more": "a run/", "train on": "a run/"} | ({"plain MoE": "a run-plain"} if weight else {})
+        assert folders == expected, folders
+    with pytest.raises(UserError) as caught:
+        train.train(config, moe)
+    resume = re.search(r"go on: python train.py (.*?);", str(caught.value))[1]
+    assert train.parse(shlex.split(resume))[0].resume, caught.value
+
+
+def test_a_finished_run_without_its_vocabulary_says_how_to_go_on(data, monkeypatch, capsys):
+    """No network, no GPT-2 files: no sample, but the run is done, and its report whole."""
+    config, moe = settings(data, steps=1)
+    result = train.train(config, moe)
+
+    def missing(name):
+        raise UserError("no gpt2 vocabulary; set TIKTOKEN_CACHE_DIR")
+
+    monkeypatch.setattr(prepare_data, "get_tokenizer", missing)
+    train.report(config, result)
+    said = capsys.readouterr().out
+    assert "no sample: no gpt2 vocabulary; set TIKTOKEN_CACHE_DIR" in said and "train on:" in said, said
+
+
+def test_a_dense_model_logs_plain_numbers(data, capsys):
+    """One expert has nothing to be coupled against: nothing violated, coupling 1, no ERC loss, no run without it."""
+    config, moe = settings(data, n_experts=1, top_k=1, steps=1)
+    result = train.train(config, moe)
+    assert (result["erc"], result["violated"], result["coupling"]) == (0, 0, 1), result
+    train.report(config, result)
+    assert "plain MoE:" not in capsys.readouterr().out
+
+
+def test_the_header_says_how_often_the_data_is_seen_and_that_all_is_warm_up(data):
+    """Tokens trained on over tokens there; a warm-up that never ends is no surprise at the end."""
+    run = new_run(data, steps=4, warmup=4)
+    times = 4 * run.step_tokens / sum(map(len, run.data.train))
+    assert f"4 steps of 64 tokens, {times:.1f} times the data, all of it warm-up;" in train.describe(run)
+    assert "warm-up" not in train.describe(new_run(data, steps=5, warmup=4))
 
 
 # ---- Starting ------------------------------------------------------------------------------------
