@@ -17,12 +17,12 @@ ALPHAS = ("plain", "erc-0", "erc-0.5", "erc-1", "erc-2", "erc-3")
 LABELS = {"plain": "plain MoE", "erc-0": "ERC, alpha 0", "erc-0.5": "ERC, alpha 0.5", "erc-1": "ERC, alpha 1",
           "erc-2": "ERC, alpha 2", "erc-3": "ERC, alpha 3", "aoe": "AoE", "dense": "dense",
           "centred-0.5": "centred proxies (ours),\nalpha 0.5",
-          "plain-no-z": "plain MoE, no z-loss", "erc-1-no-z": "ERC, alpha 1, no z-loss"}
+          "plain-no-z": "plain MoE, no z-loss", "erc-0.5-no-z": "ERC, alpha 0.5, no z-loss"}
 # Okabe and Ito's colours, which colour-blind readers tell apart; a variant has the same one in every figure, and none
 # has that of another in the same figure.
 COLOURS = {"plain": "#000000", "erc-0": "#CC79A7", "erc-0.5": "#D55E00", "erc-1": "#0072B2", "erc-2": "#56B4E9",
            "erc-3": "#009E73", "aoe": "#E69F00", "dense": "#888888", "centred-0.5": "#009E73",
-           "plain-no-z": "#888888", "erc-1-no-z": "#56B4E9"}
+           "plain-no-z": "#888888", "erc-0.5-no-z": "#56B4E9"}
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.4,
          "legend.frameon": False, "legend.handlelength": 1.5}
@@ -164,7 +164,7 @@ def kinds(fig, results):
 
 def agreement(fig, results):
     """How often the router's first choice is the expert that responds most: over training, and layer by layer."""
-    variants, n = ("plain", "erc-1", "plain-no-z", "erc-1-no-z", "centred-0.5", "aoe"), SUITES[SUITE].moe.n_experts
+    variants, n = ("plain", "erc-0.5", "plain-no-z", "erc-0.5-no-z", "centred-0.5", "aoe"), SUITES[SUITE].moe.n_experts
     by_layer = lambda result: enumerate(result["watched"][-1]["agreement"], 1)
     over, layers = fig.subplots(1, 2, width_ratios=(1.5, 1), sharey=True)
     drawn = lines(over, results, variants, watched("agreement"), marker="o", markersize=3)

@@ -174,7 +174,8 @@ def probe_loss(where, alpha=1.0, seed=0):
 class CentredProbe:
     """The ERC loss with proxies where the tokens are (ours, not the paper's): a function of the model -> scalar >= 0.
 
-    Tokens have a mean in common that no row of R shows, and the softmax does not see what all rows of R have in common.
+    Tokens have a mean in common that no row of R shows: softmax does not see what all rows share, and the z-loss turns
+    it away from the tokens, to make logits small.
     So the proxy of expert i is the mean token, moved to where R[i] differs from the mean row, by the tokens' distance:
       P[i] = mean(x) + rms ||x - mean(x)|| * (R[i] - mean(R)) / ||R[i] - mean(R)||
     Both means of x are constants, from the last batch that the layer was trained on. The noise is that of step 1, of
