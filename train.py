@@ -702,9 +702,9 @@ def main(argv=None):
         if state["step"] >= config.steps:
             raise UserError(f"{config.out} is finished, at step {state['step']}; to train on, add --steps N", code=2)
     rank, demo = int(os.environ.get("RANK", 0)), Path("data/demo/meta.json")
-    if config.data == "data/demo" and not demo.exists() and rank == 0:
+    if config.data == "data/demo" and rank == 0 and not demo.exists():
         prepare_data.main(["demo"])
-    while config.data == "data/demo" and not demo.exists():  # the other processes of torchrun
+    while config.data == "data/demo" and rank > 0 and not demo.exists():  # the first process of torchrun is at it
         time.sleep(0.1)
     try:
         result = train(config, moe, resume=state, overwrite=options.overwrite)
