@@ -148,7 +148,7 @@ def activation_norms(R, W_g, epsilon=None):
 
 
 def coupling_hinge(M, alpha=1.0):
-    """What the constraints are broken by (step 3).  M [n, n] -> scalar >= 0; 0 when all hold, and when n = 1.
+    """How much the constraints are broken by (step 3).  M [n, n] -> scalar >= 0; 0 when all hold, and when n = 1.
 
     alpha >= 0: smaller is stricter; 1 asks for the diagonal to be the largest of its row and column.
     """

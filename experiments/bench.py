@@ -11,7 +11,7 @@ down for a while slows everyone down alike. The raw times, in order, are in resu
   step      a whole training step (forward, backward, clipping, fused AdamW): ours; the plain loop over experts; Hugging
             Face's OlmoeForCausalLM with the same weights (needs transformers); a dense model with as many active
             parameters; and what the machine's matrix product can do at best
-  erc       the step with and without the ERC loss; its cost against the formula n^2 / (3 K T)
+  erc       the step with and without the ERC loss; its cost against the formula n^2 / (3 K N)
   scaling   the MoE layer's time per token, from few experts to many
   overhead  what a default run spends on data, log, evaluation and checkpoints
   memory    a step of the GPU presets (on a GPU only)
@@ -401,7 +401,7 @@ def show_erc(result):
         steps.append((f"{a} x {tokens}", spread([1000 * t for t in times[off]], "{:.0f}"),
                       *(ratio(times, on, off, percent, less=1) for on in (acting, coupled)),
                       percent.format(result["predicted_share_of_step"] / a)))
-    losses = [("n", f"layer, {tokens} tokens, ms", "ERC loss, ms", "loss / layer", "n^2 / (3 K T)")]
+    losses = [("n", f"layer, {tokens} tokens, ms", "ERC loss, ms", "loss / layer", "n^2 / (3 K N)")]
     for n in result["experts"]:
         losses.append((n, *(spread([1000 * t for t in times[f"{part} {n}"]], "{:.1f}") for part in ("layer", "loss")),
                        ratio(times, f"loss {n}", f"layer {n}", "{:.1%}"), f"{n**2 / (3 * K * tokens):.1%}"))

@@ -6,8 +6,8 @@ For your own loop copy, below `import re` and `import torch`, the block of erc_m
 this file from KNOWN to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
 per optimizer step, where `training_step` does. What can go wrong:
 
-* Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch, or divided by their
-  number, it counts too much or too little. Add it once, after the last of them.
+* Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch it counts too much,
+  added once but divided by their number too little. Add it once, undivided, after the last of them.
 * GradScaler. Its factor is on the gradients until scaler.unscale_(optimizer). Add after that, and before clipping.
 * Autocast. Norms that lie close together tie in bfloat16. erc_loss computes in float32 even inside autocast, but its
   backward, called inside, does not: stay outside. (`add_erc_gradient` sees to it.)
@@ -41,7 +41,7 @@ import torch
 from erc_moe import activation_norms, coupling_hinge, coupling_report, erc_loss
 
 # All the tensors that a MoE layer may hold. OLMoE, Qwen2-MoE, Qwen3-MoE and Mixtral hand router and experts the same
-# tokens (so their code in transformers 5.23; Mixtral can jitter them in training, but does so before both). Some forty
+# tokens (read in the code of transformers 5.23; Mixtral can jitter them in training, but before both). Some forty
 # others there, DeepSeek-V3 and Granite among them, have the same tensors, and nothing in between either.
 KNOWN = re.compile(r"(gate|router)\.weight"                                          # R [n, d]
                    r"|experts\.(gate_up_proj|down_proj)"                             # fused: [n, 2D, d] and [n, d, D]

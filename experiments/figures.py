@@ -193,9 +193,9 @@ def cost(fig, results):
                   {"layer": f"MoE layer, {T} tokens", "loss": "ERC loss"}[part])
     quartiles(ratio, n, [[a / b for a, b in zip(times[f"loss {m}"], times[f"layer {m}"])] for m in n],
               COLOURS["erc-1"], "measured")
-    ratio.plot(n, [m**2 / (3 * K * T) for m in n], color="#666666", linestyle="--", label="predicted, n²/(3KT)")
+    ratio.plot(n, [m**2 / (3 * K * T) for m in n], color="#666666", linestyle="--", label="predicted, n²/(3KN)")
     time.set(title="forward and backward on 2 CPU cores, ms")
-    ratio.set(title=f"ERC loss / MoE layer, K = {K}, T = {T}")
+    ratio.set(title=f"ERC loss / MoE layer, K = {K}, N = {T}")
     for ax, form in ((time, "{x:g}"), (ratio, "{x:.0%}")):
         ax.set(xscale="log", yscale="log", xlabel="number of experts n", xticks=n, xticklabels=n)
         ax.yaxis.set_major_formatter(form)
