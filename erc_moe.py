@@ -170,6 +170,8 @@ def erc_loss(R, W_g, alpha=1.0, noise="sample", generator=None):
     Call it once per optimizer step, on the weights, outside of any loss scaling. Raises ValueError for other shapes,
     noise names, or alpha.
     """
+    if not (isinstance(R, torch.Tensor) and isinstance(W_g, torch.Tensor)):
+        raise ValueError("erc_loss wants two tensors: of a Linear its .weight, of a list of experts torch.stack(...)")
     if R.ndim != 2 or W_g.ndim != 3 or W_g.shape[:2] != R.shape:
         raise ValueError(f"erc_loss wants R [n, d] and W_g [n, d, D], got {list(R.shape)} and {list(W_g.shape)};"
                          " stored as [n, D, d], W_g wants .transpose(1, 2), and a router [d, n] wants .T; of gate and"

@@ -319,6 +319,8 @@ def test_wrong_arguments_are_refused_with_the_numbers(erc):
         ((R.T, W_g), r"\[12, 5\].*router \[d, n\] wants .T"),
         ((R, W_g[:-1]), r"\[5, 12\] and \[4, 12, 7\]"),
         ((R[0], W_g), r"\[12\]"),
+        ((torch.nn.Linear(12, 5), W_g), r"two tensors: of a Linear its .weight"),
+        ((R, list(W_g)), r"of a list of experts torch.stack"),
         ((R, W_g, -0.5), "-0.5"),
         ((R, W_g, float("inf")), "inf"),
         ((R, W_g, float("nan")), "nan"),
