@@ -101,9 +101,10 @@ def test_the_commands_parse(command, monkeypatch):
         assert (ROOT / program).exists(), program
 
 
-def test_the_console_output_is_that_of_a_real_run():
-    """Each line of the first output stands, in this order, in the committed console of that run."""
-    (block,) = [block for block in BLOCKS if (block["note"] or "").startswith("output")]
+@pytest.mark.parametrize("block", [block for block in BLOCKS if (block["note"] or "").startswith("output")],
+                         ids=lambda block: block["note"])
+def test_the_console_output_is_that_of_a_real_run(block):
+    """Each line of what was printed stands, in this order, in the committed console of that run."""
     console = (ROOT / block["note"].split()[1]).read_text(encoding="utf-8").splitlines()
     position = 0
     for line in block["text"].splitlines():
