@@ -99,7 +99,8 @@ DEMO = dict(data="data/demo", steps=800, eval_every=200, log_every=20)
 FEW = {"plain": 3, "erc-1": 3, "erc-0.5": 3}
 SUITES = {
     "n16": Suite(MoEConfig(**SMALL, d_expert=64, n_experts=16, top_k=2), DEMO, dict.fromkeys(VARIANTS)),
-    "n64": Suite(MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8), DEMO, FEW),
+    "n64": Suite(MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8), DEMO,
+                 {**FEW, "plain-no-z": 3, "erc-1-no-z": 3, "erc-0.5-no-z": 3}),
     "large": Suite(
         MoEConfig(50304, 512, n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8),
         dict(train.PRESETS["tinystories"], data="data/tinystories", eval_every=1000, log_every=50, device="cuda"),
