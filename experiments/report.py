@@ -318,7 +318,7 @@ def cost_claims():
     return [("ERC costs next to nothing (below 3 %)", "0.2 to 0.8 % of a step",
              f"{acting:+.1%} of a step of bench.py while constraints are broken, {coupled:+.1%} once none is (of its"
              f" FLOPs {erc['predicted_share_of_step']:.1%}); {small - 1:+.1%} of the smaller one here",
-             "seen" if max(coupled, small - 1) < 0.03 else "not seen at this scale"),
+             "seen" if max(acting, coupled, small - 1) < 0.03 else "not seen at this scale"),
             ("Autonomy-of-Experts costs a lot (half of that excess, or more)", "1.6 times time, 1.3 times memory",
              f"{time:.2f} times time, {memory:.2f} times memory",
              "seen" if time >= 1.3 and memory >= 1.15 else "not seen at this scale")]
