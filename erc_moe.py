@@ -222,26 +222,24 @@ def parameter(*shape, std):
 
 
 class TakeRows(torch.autograd.Function):
-    """y = x[source], for a `source` that names each row of x equally often; `copies` lists where, row by row.
+    """x [rows, d], take [out, m] -> y [out, d], where y[r] is the sum of the m rows of x that take[r] names.
 
-    The gradient of x[source] adds up copies of a row. PyTorch would scatter them with atomic additions, in any order,
-    so that two equal runs differ. Since we know where each row went, we gather its copies and sum them instead. (Filler
-    rows, see `dispatch`, are listed nowhere when taken, and what they get when combined is a gradient that meets 0.)
+    give[i] names the rows of y that took x[i]: the gradient of x[i] is the sum of theirs. So the backward pass is the
+    same gather, with take and give swapped. Autograd would scatter with atomic additions instead, in any order, so that
+    two equal runs differ. (Filler rows, see `dispatch`, are named nowhere when taken, and what they get when combined
+    is a gradient that meets 0.)
     """
 
     @staticmethod
-    def forward(ctx, x, source, copies):
-        ctx.save_for_backward(copies)
-        ctx.rows = x.size(0)
-        return x[source]
+    def forward(ctx, x, take, give):
+        ctx.save_for_backward(take, give)
+        y = x.index_select(0, take.flatten())
+        return y.view(*take.shape, -1).sum(dim=1) if take.size(1) > 1 else y
 
     @staticmethod
     def backward(ctx, grad):
-        (copies,) = ctx.saved_tensors
-        grad = grad[copies]
-        if len(copies) > ctx.rows:  # else each row was taken once, and there is nothing to add up
-            grad = grad.view(ctx.rows, -1, grad.size(-1)).sum(dim=1)
-        return grad, None, None
+        take, give = ctx.saved_tensors
+        return TakeRows.apply(grad, give, take), None, None
 
 
 def dispatch(experts, n, block=1):
@@ -319,13 +317,14 @@ class MoE(nn.Module):
         # The grouped product knows no autocast, so we cast. The routing weight could as well scale the output: W_o is
         # linear. Scaling here means that nobody has to keep the output for the backward pass.
         W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
-        rows = TakeRows.apply(x.to(dtype), pair // self.top_k, row)                    # (S, d)
+        token, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)         # (S, 1), (N, K)
+        rows = TakeRows.apply(x.to(dtype), token, rows_of)                             # (N, d) -> (S, d)
         scale = weights.new_zeros(len(pair)).scatter(0, row, weights.flatten()).to(dtype)      # (S,), 0 in filler rows
         h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)    # (S, D)
         y = F.grouped_mm(h * scale[:, None], W_o, offs=ends)                           # (S, d)
 
-        # Combine: back to token order, where the K rows of a token lie together and add up.
-        y = TakeRows.apply(y, row, pair).view(-1, self.top_k, d).sum(dim=1)            # (S, d) -> (N, d)
+        # Combine: each token takes its K rows back, and adds them up.
+        y = TakeRows.apply(y, rows_of, token)                                          # (S, d) -> (N, d)
         return y.view(B, T, d), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
 
