@@ -70,6 +70,15 @@ class Setup:
     def tokens(self):
         return self.batch_size * self.model.context_length
 
+    def seconds(self, function, *args):
+        """How long function(*args) takes."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        function(*args)
+        wait()
+        return time.perf_counter() - start
+
     def autocast(self, dtype):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -102,18 +111,12 @@ def interleave(functions, setup, settle=False):
     that needs new ones in every step throws out everybody's, and alone, as in training, each would have its own.
     """
     names, times = list(functions), {name: [] for name in functions}
-    wait = torch.cuda.synchronize if setup.device.type == "cuda" else lambda: None
     for r in range(setup.warmup + setup.rounds):
         for name in random.Random(r).sample(names, len(names)):  # so that nobody always has the same predecessor
             if settle:
                 functions[name](r)
-            wait()
-            start = time.perf_counter()
-            functions[name](r)
-            wait()
-            if r >= setup.warmup:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name].append(setup.seconds(functions[name], r))
+    return {name: values[setup.warmup:] for name, values in times.items()}
 
 
 # ---- A training step, ours and others' ----
@@ -265,28 +268,34 @@ def layer_pass(n, tokens, setup):
 
 def measure_erc(setup):
     """A step without the loss; with it while constraints are broken ("acting"), as at the start of a run; and with it
-    where none is ("coupled"), as in most steps later on. With next to no learning rate, each stays what it is.
+    where none is ("coupled"), as in most steps later on. With next to no learning rate, each stays what it is. The
+    difference of two long steps is noisy, so the loss is timed inside of its steps, too ("the loss itself").
     """
-    functions = {}
+    functions, itself = {}, {}
     for accumulate in setup.accumulate:
         config = TrainConfig(data=setup.data, device=str(setup.device), compile=setup.device.type == "cuda", lr=1e-12,
                              seed=SEED, batch_size=setup.batch_size, accumulate=accumulate)
-        acting, coupled = (Run(config, None, MoETransformer(setup.model)) for _ in range(2))
+        off, acting, coupled = (Run(config, None, MoETransformer(setup.model)) for _ in range(3))
         optimizer = torch.optim.Adam(coupled.model.parameters(), lr=3e-3)
         for step in range(100):
             coupled.add_erc_gradient(step)
             optimizer.step()
             optimizer.zero_grad()
-        for state, run, erc in (("off", acting, False), ("acting", acting, True), ("coupled", coupled, True)):
-            functions[f"accumulate {accumulate}, {state}"] = (
-                lambda r, run=run, erc=erc: take_step(run, r + 1, erc))
+        for state, run in dict(off=off, acting=acting, coupled=coupled).items():
+            name = f"accumulate {accumulate}, {state}"
+            functions[name] = lambda r, run=run, erc=state != "off": take_step(run, r + 1, erc)
+            if state != "off":
+                times = itself[f"{name}, the loss itself"] = []
+                run.add_erc_gradient = lambda step, add=run.add_erc_gradient, times=times: times.append(
+                    setup.seconds(add, step))
     for n in setup.erc_experts:  # the loss after the layer's backward pass, as in the trainer: it adds to gradients
         moe, functions[f"layer {n}"] = layer_pass(n, setup.tokens(), setup)
         functions[f"loss {n}"] = lambda _, moe=moe: erc_loss(moe.R, moe.W_g).backward()
     c = setup.model
     share = 6 * c.n_layers * c.n_experts**2 * c.d_model * c.d_expert / (setup.tokens() * flops_per_token(c))
+    seconds = interleave(functions, setup) | {name: times[setup.warmup:] for name, times in itself.items()}
     return dict(tokens=setup.tokens(), top_k=c.top_k, accumulate=setup.accumulate, experts=setup.erc_experts,
-                dtype=str(setup.dtype)[6:], predicted_share_of_step=share, seconds=interleave(functions, setup))
+                dtype=str(setup.dtype)[6:], predicted_share_of_step=share, seconds=seconds)
 
 
 # ---- Many experts ----
@@ -393,14 +402,16 @@ def show_step(result):
 
 
 def show_erc(result):
-    times, tokens, K, percent = result["seconds"], result["tokens"], result["top_k"], "{:+.1%}"
-    steps = [("tokens per step", "ms per step, ERC off", "added while constraints are broken", "added once none is",
-              "predicted by FLOPs of the step")]
+    times, tokens, K = result["seconds"], result["tokens"], result["top_k"]
+    steps = [("tokens per step", "constraints", "ms per step without ERC", "the loss itself, of that",
+              "step with ERC less step without", "predicted by FLOPs")]
     for a in result["accumulate"]:
-        off, acting, coupled = (f"accumulate {a}, {state}" for state in ("off", "acting", "coupled"))
-        steps.append((f"{a} x {tokens}", spread([1000 * t for t in times[off]], "{:.0f}"),
-                      *(ratio(times, on, off, percent, less=1) for on in (acting, coupled)),
-                      percent.format(result["predicted_share_of_step"] / a)))
+        off = f"accumulate {a}, off"
+        for constraints, state in dict(broken="acting", hold="coupled").items():
+            on = f"accumulate {a}, {state}"
+            steps.append((f"{a} x {tokens}", constraints, spread([1000 * t for t in times[off]], "{:.0f}"),
+                          ratio(times, f"{on}, the loss itself", off, "{:.1%}"),
+                          ratio(times, on, off, "{:+.1%}", less=1), f"{result['predicted_share_of_step'] / a:.1%}"))
     losses = [("n", f"layer, {tokens} tokens, ms", "ERC loss, ms", "loss / layer", "n^2 / (3 K N)")]
     for n in result["experts"]:
         losses.append((n, *(spread([1000 * t for t in times[f"{part} {n}"]], "{:.1f}") for part in ("layer", "loss")),
