@@ -111,6 +111,29 @@ def test_two_equal_runs_are_equal_to_the_bit():
     assert different == 0, f"{different} of {len(results[0])} tensors differ between two equal runs"
 
 
+def test_no_two_rows_are_added_up_in_whatever_order_threads_finish():
+    """A GPU adds up with atomics where one row is written twice: no such operation in the layer, forward or backward.
+    (On a CPU these are repeatable, so that two equal runs would not show them.)"""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = set()
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            called.add(str(operation).split(".")[1])
+            return operation(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    moe, x = MoE(small()), torch.randn(3, 16, 16, requires_grad=True)
+    with Listen():
+        y, stats = moe(x)
+        ((y * torch.randn_like(y)).sum() + stats.balance + stats.z).backward()
+    assert {"_grouped_mm", "silu_backward"} <= called, f"this test is blind: it heard of {sorted(called)}"
+    adding = "index_(put|add|reduce)|scatter_(add|reduce)|embedding.*_backward"
+    atomic = {name for name in called if re.search(adding, name)}
+    assert not atomic, f"the layer calls {sorted(atomic)}"
+
+
 def test_one_expert_is_a_dense_swiglu():
     """n = K = 1 is the dense model to the bit: its one routing weight is softmax of one number, exactly 1."""
     torch.manual_seed(0)
