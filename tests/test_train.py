@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import erc_moe
 import prepare_data
 import train
 from erc_moe import MoEConfig, MoETransformer, noise_bound
@@ -202,6 +203,38 @@ def test_the_fp16_scaler_does_not_scale_the_erc_gradient(data):
         added = seen[1][name] - seen[0][name]
         assert torch.allclose(added, gradient, atol=1e-6), f"{name}: off by {(added - gradient).abs().max():.1e}"
     assert gradient.abs().max() > 1e-4, f"an ERC gradient of {gradient.abs().max():.1e} is too small to see here"
+
+
+def test_on_a_gpu_nothing_in_a_step_waits_for_a_value(data, monkeypatch):
+    """From the batch to the update, two steps run on tensors without content, where reading a value is an error."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class PretendGPU(str):  # torch computes on the CPU, but the trainer goes the way of a GPU
+        type = "cuda"
+
+    class Still(MoETransformer):
+        def to(self, device):  # tensors without content cannot be moved
+            return self
+
+    (config, moe), tokens = settings(data, dtype="bf16", accumulate=2), load_data(data)
+    monkeypatch.setattr(prepare_data, "load_data", lambda folder: tokens)
+    monkeypatch.setattr(train, "pick_device", lambda name: PretendGPU("cpu"))
+    monkeypatch.setattr(train, "validation_batches", lambda *given: [])
+    monkeypatch.setattr(train, "train_batch", lambda data, T, B, _: 2 * (torch.zeros(B, T, dtype=torch.long),))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(train.Run, "autocast", lambda run: torch.autocast("cpu", torch.bfloat16))
+    dispatch = erc_moe.dispatch
+    monkeypatch.setattr(erc_moe, "dispatch", lambda *given, **usual: dispatch(*given))  # no fillers, as on a GPU
+    with FakeTensorMode():
+        run = train.Run(config, None, Still(replace(moe, vocab_size=320)))
+        for step in (1, 2):
+            means, _ = run.add_token_gradient(step)
+            run.scaler.unscale_(run.optimizer)
+            run.add_erc_gradient(step)
+            missing = [name for name, p in run.model.named_parameters() if p.grad is None]
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            run.update(step, norm, means[0])
+    assert not missing and len(run.optimizer.state) > 0, f"this test is blind: without gradient {missing}"
 
 
 # ---- Accumulation and data-parallel --------------------------------------------------------------
