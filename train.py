@@ -362,8 +362,10 @@ class Run:
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, device)
-        if config.compile and self.dtype != torch.bfloat16:
-            raise UserError("--compile needs --dtype bf16: the grouped product compiles in no other type", code=2)
+        if config.compile and (self.dtype != torch.bfloat16
+                               or device.type == "cuda" and pick_dtype("auto", device) != torch.bfloat16):
+            raise UserError("--compile needs --dtype bf16, and hardware that has it: the grouped product compiles in no"
+                            " other type", code=2)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
@@ -399,7 +401,7 @@ class Run:
                 raise UserError(f"the run to resume had other {name} ({state[name]}, here {here}); {mend}, or start a"
                                 " new run with another --out")
         try:
-            for name in ("model", "optimizer", "scaler"):
+            for name in ("model", "optimizer", *["scaler"] * bool(state["scaler"])):  # other types have none
                 getattr(self, name).load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the {name} of the checkpoint does not fit its own settings; was the code changed since?"
@@ -418,8 +420,8 @@ class Run:
         for i in range(self.rank * config.accumulate, (self.rank + 1) * config.accumulate):
             batch = train_batch(self.data, self.context, config.batch_size,
                                 keyed_generator("cpu", config.seed, step, "batch", i))
-            if self.device.type == "cuda":  # nobody has to wait for a copy from pinned memory
-                batch = [tokens.pin_memory().to(self.device, non_blocking=True) for tokens in batch]
+            if self.device.type == "cuda":  # nobody has to wait for a copy from pinned memory, if it is in one piece
+                batch = [tokens.contiguous().pin_memory().to(self.device, non_blocking=True) for tokens in batch]
             with self.autocast():
                 out = self.forward(*(tokens.to(self.device) for tokens in batch))
                 loss = out.ce + config.balance_weight * out.balance + config.z_weight * out.z
@@ -709,7 +711,7 @@ def main(argv=None):
     try:
         result = train(config, moe, resume=state, overwrite=options.overwrite)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "alloc" not in str(error).lower():  # in the words of all devices; others speak of illegal memory accesses
             raise
         raise UserError("out of memory; lower --batch-size, and raise --accumulate to make up for it") from error
     if dist.is_initialized():

@@ -216,12 +216,16 @@ def test_on_a_gpu_nothing_in_a_step_waits_for_a_value(data, monkeypatch):
         def to(self, device):  # tensors without content cannot be moved
             return self
 
+    def pinned(tensor):
+        assert tensor.is_contiguous(), "a copy of a tensor with gaps goes through memory that is not pinned, and waits"
+        return tensor
+
     (config, moe), tokens = settings(data, dtype="bf16", accumulate=2), load_data(data)
     monkeypatch.setattr(prepare_data, "load_data", lambda folder: tokens)
     monkeypatch.setattr(train, "pick_device", lambda name: PretendGPU("cpu"))
     monkeypatch.setattr(train, "validation_batches", lambda *given: [])
-    monkeypatch.setattr(train, "train_batch", lambda data, T, B, _: 2 * (torch.zeros(B, T, dtype=torch.long),))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(train, "train_batch", lambda data, T, B, _: 2 * (torch.zeros(B, T + 1).long()[:, :-1],))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     monkeypatch.setattr(train.Run, "autocast", lambda run: torch.autocast("cpu", torch.bfloat16))
     dispatch = erc_moe.dispatch
     monkeypatch.setattr(erc_moe, "dispatch", lambda *given, **usual: dispatch(*given))  # no fillers, as on a GPU
@@ -685,6 +689,33 @@ def test_a_compiled_run_is_resumed_uncompiled_and_the_other_way_round(data):
         assert state["step"] == 2, state["step"]
         results.append(train.train(*settings(data, n_layers=1, steps=3, dtype="bf16", compile=not first), resume=state))
     assert results[0]["val_ce"] == pytest.approx(results[1]["val_ce"], abs=0.02), results
+
+
+@pytest.mark.parametrize("before, after", [("bf16", "fp16"), ("fp16", "bf16")])
+def test_a_run_is_resumed_on_hardware_of_another_type(data, monkeypatch, before, after):
+    """dtype auto is bfloat16 on one machine and float16, with a loss scaler, on another: a checkpoint serves both."""
+    types = dict(bf16=torch.bfloat16, fp16=torch.float16)
+    for name, steps in (before, 2), (after, 4):
+        monkeypatch.setattr(train, "pick_dtype", lambda *_, found=types[name]: found)
+        row = train.train(*settings(data, steps=steps), resume=checkpoint() if Path("out").exists() else None)
+    assert row["step"] == 4 and bool(checkpoint()["scaler"]) == (after == "fp16"), f"{row}, {checkpoint()['scaler']}"
+
+
+@pytest.mark.parametrize("words, ours", [
+    ("CUDA out of memory. Tried to allocate 20.00 MiB.", True),
+    ("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 1 GB on private pool.", True),
+    ("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("CUDA error: an illegal memory access was encountered", False),
+])
+def test_too_little_memory_is_told_from_other_errors(data, monkeypatch, words, ours):
+    """What the devices say when memory runs out becomes one line with a way out; other errors stay what they are."""
+    def fail(*given, **named):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(UserError if ours else RuntimeError, match="lower --batch-size" if ours else "illegal"):
+        train.main(flags(data))
 
 
 # ---- The command line ----------------------------------------------------------------------------
