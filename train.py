@@ -199,9 +199,10 @@ def evaluate(model, batches, device, autocast):
 @torch.no_grad()
 def coupling(model, alpha):
     """{epsilon, violated, coupling} of the clean router and experts, means over layers."""
-    rows = [(erc_moe.noise_bound(moe.R).mean(),
-             *erc_moe.coupling_report(erc_moe.activation_norms(moe.R, moe.W_g), alpha)) for moe in model.moe_layers()]
-    return dict(zip(("epsilon", "violated", "coupling"), torch.tensor(rows).mean(dim=0).tolist()))
+    rows = [torch.stack((erc_moe.noise_bound(moe.R).mean(),
+                         *erc_moe.coupling_report(erc_moe.activation_norms(moe.R, moe.W_g), alpha)))
+            for moe in model.moe_layers()]                                             # L times (3,)
+    return dict(zip(("epsilon", "violated", "coupling"), torch.stack(rows).mean(dim=0).tolist()))
 
 
 # ---- Checkpoints and log ----
