@@ -222,50 +222,50 @@ def parameter(*shape, std):
 
 
 class TakeRows(torch.autograd.Function):
-    """x [rows, d], take [out, m] -> y [out, d], where y[r] is the sum of the m rows of x that take[r] names.
+    """x [rows, d], take [out, m] -> y [out, d]: y[r] is the sum of the m rows of x that take[r] names.
 
-    give[i] names the rows of y that took x[i]: the gradient of x[i] is the sum of theirs. So the backward pass is the
-    same gather, with take and give swapped. Autograd would scatter with atomic additions instead, in any order, so that
-    two equal runs differ. (Filler rows, see `dispatch`, are named nowhere when taken, and what they get when combined
-    is a gradient that meets 0.)
+    takers [rows, k]: takers[i] names the rows of y that took x[i]; the gradient of x[i] is the sum of theirs. So the
+    backward pass is the same gather, with the two swapped. Autograd would scatter with atomic additions instead, in any
+    order, so that two equal runs differ from K = 3 on. (Filler rows, see `dispatch`, take x[0] without being named, and
+    get token 0's gradient without being taken; both are harmless, because their scale is 0.)
     """
 
     @staticmethod
-    def forward(ctx, x, take, give):
-        ctx.save_for_backward(take, give)
+    def forward(ctx, x, take, takers):
+        ctx.save_for_backward(take, takers)
         y = x.index_select(0, take.flatten())
         return y.view(*take.shape, -1).sum(dim=1) if take.size(1) > 1 else y
 
     @staticmethod
     def backward(ctx, grad):
-        take, give = ctx.saved_tensors
-        return TakeRows.apply(grad, give, take), None, None
+        take, takers = ctx.saved_tensors
+        return TakeRows.apply(grad, takers, take), None, None
 
 
 def dispatch(experts, n, block=1):
-    """Sorts the work by expert.  experts [N, K] -> pair [S], row [S], ends [n], load [n].
+    """Sorts the work by expert.  experts [N, K] -> pair [S], row [N*K], ends [n], load [n].
 
-    Number the S = N*K (token, choice) pairs token by token: pair p belongs to token p // K. Sorted by expert, the work
+    Number the N*K pairs (token, choice) token by token: pair p belongs to token p // K. Sorted by expert, the work
     of each expert is one block of rows. row[p] is the row of pair p, pair[r] the pair in row r; ends[j] is where the
     rows of expert j end, and load[j] how many they are. No shape depends on the routing, so nothing recompiles, and in
     bf16 on a Hopper GPU nothing waits (elsewhere grouped_mm loops over experts); a stable sort makes equal runs equal
-    to the bit. With block > 1, filler rows round each expert's rows up to a multiple of it (and S, which then depends
-    on the routing); pair is 0 in them.
+    to the bit. With block > 1, each expert's rows end in fillers, which hold pair 0, up to a multiple of block: `ends`
+    counts them, load does not, and S depends on the routing.
 
-    Three tokens that chose experts (2, 0), (0, 1), (2, 1): pair 1, 2, 3, 5, 0, 4; row 4, 0, 1, 2, 5, 3; ends 2, 4, 6.
+    Three tokens that chose experts (2, 0), (0, 1), (2, 0): pair 1, 2, 5, 3, 0, 4; row 4, 0, 1, 3, 5, 2; ends 3, 4, 6.
     """
-    experts = experts.flatten()                                                        # (S,)
-    pairs = torch.arange(len(experts), device=experts.device)                          # (S,) 0, 1, 2, ...
-    by_expert, pair = experts.sort(stable=True)                                        # (S,), (S,)
-    row = torch.empty_like(pair).scatter_(0, pair, pairs)                              # (S,) the inverse of pair
+    experts = experts.flatten()                                                        # (N*K,)
+    p = torch.arange(len(experts), device=experts.device)                              # (N*K,) 0, 1, 2, ...
+    by_expert, pair = experts.sort(stable=True)                                        # (N*K,), (N*K,)
+    row = torch.empty_like(pair).scatter_(0, pair, p)                                  # (N*K,) the inverse of pair
     ends = torch.searchsorted(by_expert, torch.arange(n, device=pair.device), right=True, out_int32=True)      # (n,)
     load = ends.diff(prepend=ends.new_zeros(1))                                        # (n,)
     if block > 1:
         space = -(-load // block) * block                                              # (n,) load, rounded up
         starts = space.cumsum(dim=0) - space                                           # (n,)
-        row = row + (starts - (ends - load))[experts]                                  # (S,) moved with its expert
+        row = row + (starts - (ends - load))[experts]                                  # (N*K,) new start for the old
         ends = space.cumsum(dim=0, dtype=torch.int32)                                  # (n,)
-        pair = pair.new_zeros(int(ends[-1])).scatter_(0, row, pairs)                   # (S,) and fillers
+        pair = pair.new_zeros(int(ends[-1])).scatter_(0, row, p)                       # (S,) and fillers
     return pair, row, ends, load
 
 
@@ -274,7 +274,7 @@ class MoEStats(NamedTuple):
 
     balance: torch.Tensor  # scalar, 1.0 when perfectly balanced
     z: torch.Tensor        # scalar
-    load: torch.Tensor     # (n,) how many of the S rows each expert got
+    load: torch.Tensor     # (n,) how many of the N*K pairs each expert got
 
 
 class MoE(nn.Module):
@@ -288,7 +288,7 @@ class MoE(nn.Module):
         super().__init__()
         n, d, D = config.n_experts, config.d_model, config.d_expert
         self.top_k, self.renormalize = config.top_k, config.renormalize
-        self.R = parameter(n, d, std=d**-0.5)  # rows of length about 1, so that logits start at about 1, too
+        self.R = parameter(n, d, std=d**-0.5)  # rows of length about 1: logits of an x of rms 1 start with std 1
         self.W_g = parameter(n, d, D, std=d**-0.5)
         self.W_p = parameter(n, d, D, std=d**-0.5)
         # 2L layers add to the residual stream: this keeps its variance from growing with L (GPT-2)
@@ -296,7 +296,7 @@ class MoE(nn.Module):
 
     def route(self, x):
         """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K]; always with the clean R."""
-        with torch.autocast(x.device.type, enabled=False):  # in bf16, near-equal experts tie and the wrong one wins
+        with torch.autocast(x.device.type, enabled=False):  # in bf16, near-equal experts tie or swap places
             logits = at_least_float32(x) @ at_least_float32(self.R).T                  # (N, n)
             probs = logits.softmax(dim=-1)                                             # (N, n)
             weights, experts = probs.topk(self.top_k, dim=-1)                          # (N, K), (N, K)
@@ -315,16 +315,16 @@ class MoE(nn.Module):
 
         # Experts: W_o (silu(x W_g) * (x W_p)), each on its own block of rows, which ends where `ends` says.
         # The grouped product knows no autocast, so we cast. The routing weight could as well scale the output: W_o is
-        # linear. Scaling here means that nobody has to keep the output for the backward pass.
+        # linear. Scaling here, the backward pass keeps the scaled h instead of the output: less where D < d.
         W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
-        token, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)         # (S, 1), (N, K)
-        rows = TakeRows.apply(x.to(dtype), token, rows_of)                             # (N, d) -> (S, d)
+        token_of, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)      # (S, 1), (N, K)
+        rows = TakeRows.apply(x.to(dtype), token_of, rows_of)                          # (N, d) -> (S, d)
         scale = weights.new_zeros(len(pair)).scatter(0, row, weights.flatten()).to(dtype)      # (S,), 0 in filler rows
         h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)    # (S, D)
         y = F.grouped_mm(h * scale[:, None], W_o, offs=ends)                           # (S, d)
 
         # Combine: each token takes its K rows back, and adds them up.
-        y = TakeRows.apply(y, rows_of, token)                                          # (S, d) -> (N, d)
+        y = TakeRows.apply(y, rows_of, token_of)                                       # (S, d) -> (N, d)
         return y.view(B, T, d), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
 

@@ -92,13 +92,13 @@ class AoE(MoE):
         # taken twice, and in the backward pass no two gradients meet in one.
         cached = cached.gather(1, experts[..., None].expand(-1, -1, self.r)).flatten(0, 1)     # (S, r), by token
         cached = TakeRows.apply(cached, pair[:, None], row[:, None])                   # (S, r), by expert
-        token, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)         # (S, 1), (N, K)
-        rows = TakeRows.apply(x.to(dtype), token, rows_of)                             # (N, d) -> (S, d)
+        token_of, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)      # (S, 1), (N, K)
+        rows = TakeRows.apply(x.to(dtype), token_of, rows_of)                          # (N, d) -> (S, d)
         scale = weights.new_zeros(len(pair)).scatter(0, row, weights.flatten()).to(dtype)      # (S,), 0 in filler rows
         W_up, W_p, W_o = self.W_up.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
         h = F.silu(F.grouped_mm(cached, W_up, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)  # (S, D)
         y = F.grouped_mm(h * scale[:, None], W_o, offs=ends)                           # (S, d)
-        y = TakeRows.apply(y, rows_of, token)                                          # (S, d) -> (N, d)
+        y = TakeRows.apply(y, rows_of, token_of)                                       # (S, d) -> (N, d)
         return y.view(B, T, d), MoEStats(erc_moe.balance_loss(probs, load), erc_moe.z_loss(logits), load)
 
 
