@@ -402,7 +402,8 @@ class Run:
                 raise UserError(f"the run to resume had other {name} ({state[name]}, here {here}); {mend}, or start a"
                                 " new run with another --out")
         try:
-            for name in ("model", "optimizer", "scaler") if state["scaler"] else ("model", "optimizer"):  # not float16
+            # What is saved of a scaler is empty but for float16, and --dtype auto may have been another type there.
+            for name in ("model", "optimizer", "scaler") if state["scaler"] else ("model", "optimizer"):
                 getattr(self, name).load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the {name} of the checkpoint does not fit its own settings; was the code changed since?"
