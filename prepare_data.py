@@ -1,162 +1,163 @@
-"""Text in, token shards out, and shards read back: everything train.py needs to know about data.
+"""Text in, token shards out, and shards read back: all that train.py needs to know about data.
 
     python prepare_data.py demo                  # the corpus embedded below: no network, a few seconds
     python prepare_data.py tinystories           # 2.2 GB from the Hugging Face hub
-    python prepare_data.py openwebtext           # 21 files of about 630 MB; --subsets 1 takes the first only
+    python prepare_data.py openwebtext           # 21 files of about 630 MB; --subsets 1 takes only the first
     python prepare_data.py story.txt notes/      # your own UTF-8 text: files, or folders of .txt files
     python prepare_data.py --check data/demo     # are all bytes still the ones that were written?
 
-One pipeline serves every source: documents -> tokens (threads, in order, little ahead) -> one file -> shards. It holds
-a few MB per thread. It can be killed anywhere and run again: the shards are the same, whatever the number of threads.
+Every source takes the same way: documents -> tokens -> one temporary file -> shards. The memory it needs does not grow
+with the source. A preparation that was killed can be run again and gives the same shards.
 
-A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens: the format of llm.c and
-modded-nanogpt, so their shards can be trained on, too. End-of-text follows every document. meta.json, written last,
-says what was written; a folder of shards without it is taken as foreign, and as GPT-2 tokens.
+A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens. This is the format of
+llm.c and modded-nanogpt, so their shards can be trained on too. End-of-text follows every document. meta.json says what
+was written. A folder of shards without it is read as GPT-2 tokens.
 
-What it is not: no shuffling (training draws random windows), no cleaning or deduplication, no training of tokenizers.
-Nothing is unpacked to disk and no code comes with the data: downloads are checked against the hub's sha256, archives
-are read as streams of bytes.
+Left out: shuffling (training draws random windows), cleaning, deduplication, training a tokenizer.
 """
 
 import argparse
-import difflib
 import hashlib
-import http.client
-import io
 import json
 import lzma
 import math
+import mmap
 import os
 import random
 import re
-import ssl
 import struct
 import sys
+import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
-import warnings
 from array import array
 from bisect import bisect
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
+from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch says so on import; we need no numpy
-
-import torch
+import tiktoken
 from tqdm import tqdm
 
 SOURCES = ("demo", "tinystories", "openwebtext")
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two documents of a text file
-BLOCK = 1 << 18  # bytes read at once, and the longest text that waits for the end of its document
+BLOCK = 1 << 14  # bytes read at once, and the longest text that waits for the end of its document
 
 
 class UserError(Exception):
-    """What the user can mend, in one line: "what is wrong; what to do". Exit code 1: failed; 2: wrong usage."""
+    """What the user can fix, in one line: what is wrong; what to do about it."""
 
-    def __init__(self, message, code=1):
-        super().__init__(message)
-        self.code = code
+
+def run(main):
+    """Run main(argv) and return the exit code. Errors that the user can fix become one line on stderr."""
+    # Python sets a closed stream to None, and tqdm cannot write to None.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
+    try:
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of `... | head` has left; Python's last flush would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; run the same command again"
+    except (UserError, OSError) as error:
+        code, message = 1, " ".join(str(error).split())
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return code
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("<3i1012x")  # magic, version, tokens
 MAGIC = 20240520
-UNFINISHED = "unfinished"  # a file that lies in a folder while its shards are being replaced
+UNFINISHED = b"{}"  # meta.json while the shards beside it are being replaced
 
 
 class TokenData(NamedTuple):
-    """A folder of shards. Its tensors are 1-D uint16 and memory-mapped: they cost no memory until they are read."""
+    """A folder of shards. Its tokens are memory-mapped: they cost no memory until they are read."""
 
     tokenizer: str
     vocab_size: int
     eot: int  # end-of-text
-    train: list[torch.Tensor]
-    val: list[torch.Tensor]
-    train_paths: list[Path]  # one for each tensor of train
+    train: list[memoryview]  # of uint16
+    val: list[memoryview]
+    train_paths: list[Path]  # one for each element of train
     meta: dict  # meta.json; empty for foreign shards
-    fingerprint: str  # another one if a name, a length or, where meta.json knows it, the content of a shard changes
+    fingerprint: str  # of the names, lengths and, where meta.json has them, sha256 sums of the shards; not of the path
 
 
 def read_shard(path):
-    """The tokens of a shard, a memory-mapped uint16 tensor [n]. Raises UserError for anything but a whole shard."""
-    path = Path(path)
-    if not path.is_file():  # a pipe would wait for ever
-        raise UserError(f"{path} is not a file; make the shards again with prepare_data.py")
+    """The tokens of a shard: a writable memoryview of uint16 on a private memory map. Raises UserError if damaged.
+
+    A slice becomes a tensor without a copy: torch.frombuffer(tokens[a:b], dtype=torch.uint16).
+    """
     with open(path, "rb") as file:
         magic, version, n = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
-    size = path.stat().st_size - HEADER.size
-    if magic != MAGIC:
-        raise UserError(f"{path} is not a shard of 16-bit tokens: it begins with {magic}, not {MAGIC}; make it with"
-                        " prepare_data.py")
-    if version != 1 or n < 1 or size != 2 * n:
-        raise UserError(f"{path} is cut or damaged: version {version}, {n} tokens announced, {size / 2:.1f} there; make"
-                        " the shards again with prepare_data.py")
-    return torch.from_file(str(path), shared=False, size=512 + n, dtype=torch.uint16)[512:]
+        size = os.fstat(file.fileno()).st_size - HEADER.size
+        if (magic, version) != (MAGIC, 1) or n < 1 or size != 2 * n:
+            raise UserError(f"{path} is not a whole shard of 16-bit tokens (header {magic}, {version}, {n}; then {size}"
+                            " bytes); make it again with prepare_data.py")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[HEADER.size:].cast("H")
 
 
 def split_of(name):
-    """The split, "train" or "val", of a shard with a name like fineweb_train_000001.bin; "" for other files."""
-    found = re.fullmatch(r".*(train|val).*\.bin", name)
-    return found[1] if found else ""
+    """ "train" or "val" for a shard called like fineweb_train_000001.bin, "" for other files. Raises UserError."""
+    *parts, ending = re.split("[_.-]", name)
+    splits = {"train", "val"}.intersection(parts) if ending == "bin" else ()
+    if len(splits) == 2:
+        raise UserError(f"{name}: the name says both train and val; rename the file")
+    return "".join(splits)
 
 
 def load_data(folder):
     """The TokenData of a folder, after a look at the names, sizes and headers of its shards. Raises UserError."""
     folder = Path(folder)
-
-    def wrong(what, name=""):
-        source = folder.name if folder.name in SOURCES else "PATH"
-        flag = " --overwrite" if (folder / "meta.json").exists() else ""
-        return UserError(f"{folder / name} {what}; run: python prepare_data.py {source} --out {folder}{flag}")
-
+    hint = f"; run: python prepare_data.py {folder.name if folder.name in SOURCES else 'PATH'} --out {folder}"
+    if (folder / "meta.json").exists():  # then the shards are our own, and may be replaced
+        hint += " --overwrite"
     if not folder.is_dir():
-        raise wrong("is not a folder" if folder.exists() else "is missing")
-    names = sorted(entry.name for entry in folder.iterdir() if split_of(entry.name))
-    meta, tokenizer, vocab_size, eot, listed = {}, "gpt2", 50257, 50256, dict.fromkeys(names, (None, None))
+        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}{hint}")
+    meta, tokenizer, vocab_size, eot, listed = {}, "gpt2", 50257, 50256, {}
     if (folder / "meta.json").exists():
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            listed = {shard["name"]: (int(shard["tokens"]), str(shard["sha256"])) for shard in meta["shards"]}
-            tokenizer, vocab_size, eot = str(meta["tokenizer"]), int(meta["vocab_size"]), int(meta["eot"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise wrong(f"is damaged ({type(error).__name__})", "meta.json") from error
-    elif (folder / UNFINISHED).exists():
-        raise wrong("is not finished, its preparation was interrupted")
-    for name in sorted({*names} ^ {*listed}):  # from here on, a listed name is one that lies in the folder
-        raise wrong("is not listed in meta.json" if name in names else "is missing", name)
-    shards = {name: read_shard(folder / name) for name in names}
-    for name, tokens in shards.items():
-        if listed[name][0] not in (None, len(tokens)):
-            raise wrong(f"has {len(tokens)} tokens, but {listed[name][0]} according to meta.json", name)
-    train, val = ([name for name in names if split_of(name) == split] for split in ("train", "val"))
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if not meta:
+                raise UserError(f"{folder} is not finished, its preparation was interrupted{hint}")
+            tokenizer, vocab_size, eot = meta["tokenizer"], meta["vocab_size"], meta["eot"]
+            listed = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in meta["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}){hint}") from error
+    shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
+    for name in sorted({*shards, *listed}) if meta else ():
+        found, expected = len(shards.get(name, ())), listed.get(name, (0,))[0]
+        if found != expected:
+            raise UserError(f"{folder / name} has {found} tokens, but {expected} according to meta.json{hint}")
+    train, val = ([name for name in shards if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
-        raise wrong(f"has no {'validation' if train else 'training'} shard (*{'val' if train else 'train'}*.bin)")
-    facts = [(name, len(shards[name]), listed[name][1]) for name in names]
+        raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
+    facts = [(name, len(tokens), listed.get(name, (0, None))[1]) for name, tokens in shards.items()]
     return TokenData(tokenizer, vocab_size, eot, [shards[name] for name in train], [shards[name] for name in val],
                      [folder / name for name in train], meta, hashlib.sha256(repr(facts).encode()).hexdigest())
 
 
 def check(folder):
-    """Read every byte of a folder of shards: sha256 where meta.json knows it, ids below the vocabulary size."""
+    """Read every byte of a folder: are the sha256 sums those of meta.json, or, without one, all tokens GPT-2's?"""
     data = load_data(folder)
-    sums = {shard["name"]: shard["sha256"] for shard in data.meta.get("shards", [])}
-    paths = sorted(path for path in Path(folder).iterdir() if split_of(path.name))
-    for path in tqdm(paths, desc="checking", disable=None):
+    sums = {shard["name"]: shard["sha256"] for shard in data.meta.get("shards", ())}
+    for path in tqdm(sorted(p for p in Path(folder).iterdir() if split_of(p.name)), desc="checking", disable=None):
         if sums and sha256_of(path) != sums[path.name]:
             raise UserError(f"{path} has changed since it was written (sha256); make it again with --overwrite")
-        largest = max(int(block.int().max()) for block in read_shard(path).split(BLOCK))
-        if largest >= data.vocab_size:
-            raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; make it again")
-    n = sum(map(len, data.train + data.val))
-    print(f"{folder}: all right, {n:,} {data.tokenizer} tokens in {len(paths)} shards")
+        if not sums and (largest := max(read_shard(path))) >= data.vocab_size:
+            raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; replace it")
+    print(f"{folder}: all right, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens")
 
 
 def sha256_of(path):
@@ -178,123 +179,82 @@ def write_whole(path, blocks):
     os.replace(temporary, path)
 
 
-def cut_shards(file, split, total, shard_tokens, folder):
-    """Tokens [0, split) of an open file become training shards, [split, total) validation shards.
-
-    The last one goes first and the file shrinks with each, so that no disk need hold the tokens twice. Returns a list
-    of {"name", "tokens", "sha256" of the shard file} in order.
-    """
-    plan = [(f"{name}_{i:06d}.bin", start, min(start + shard_tokens, end))
-            for name, first, end in (("train", 0, split), ("val", split, total))
-            for i, start in enumerate(range(first, end, shard_tokens))]
-    shards = []
-    for name, start, end in reversed(plan):
-        file.seek(2 * start)
-        blocks = (file.read(min(BLOCK, 2 * end - at)) for at in range(2 * start, 2 * end, BLOCK))
-        write_whole(folder / name, chain([HEADER.pack(MAGIC, 1, end - start)], blocks))
-        file.truncate(2 * start)
-        shards.insert(0, {"name": name, "tokens": end - start, "sha256": sha256_of(folder / name)})
-    return shards
-
-
 # ---- Documents to tokens ---------------------------------------------------------------------------------------------
-# A source is an iterator of jobs, (bytes of input, function). The function runs in a thread and returns pieces, (text,
-# does a document end here), because a document can be far longer than what one wants to hold in memory.
+# A source is a generator of pieces: (text, does a document end here). A document can be longer than what one wants to
+# hold in memory, so it may come in several pieces.
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called "gpt2" or "bytes": n_vocab, eot_token, encode_ordinary(text), decode(ids).
-
-    "bytes" is the 256 bytes, and 256 for end-of-text; it needs no files. Raises UserError where "gpt2" finds none.
-    """
+    """The tiktoken.Encoding called "gpt2", or "bytes": the 256 bytes, and 256 for end-of-text. Raises UserError."""
+    if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
+        return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
     try:
-        import tiktoken
-        if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
-            return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                     special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
         return tiktoken.get_encoding(name)
-    except ImportError as error:
-        raise UserError("tiktoken is not installed; run: pip install -r requirements.txt") from error
     except (OSError, ValueError) as error:  # no network, or not the files that tiktoken knows
         raise UserError(f"no {name} vocabulary ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has"
                         " it, connect to the network once, or use --tokenizer bytes") from error
 
 
-def text_jobs(paths, errors="strict"):
-    """Jobs for UTF-8 files. SEPARATOR lines stand between documents and belong to none; blank documents are left out.
+def read_text(path, errors="strict"):
+    """The pieces of a UTF-8 file. Lines that are SEPARATOR stand between documents; blank documents are left out.
 
     A byte order mark is dropped, CRLF becomes LF. Long documents are cut in front of a blank behind a word: no GPT-2
     token reaches across. Raises UserError for an empty file and, with errors="strict", for one that is not UTF-8 text.
     """
-    for path in paths:
-        text, inside, empty, done, block = "", False, True, 0, "-"  # inside: `text` goes on with a cut document
-        with open(path, encoding="utf-8-sig", errors=errors) as file:
-            while block:
-                try:
-                    block = file.read(BLOCK)
-                except UnicodeDecodeError as error:
-                    at = file.buffer.tell() - len(error.object) + error.start
-                    raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at});"
-                                    " convert it first") from error
-                if errors == "strict" and "\0" in block:
-                    raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
-                *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text + (block or "\n"))
-                pieces = []
-                for document in documents if block else [*documents, text]:
-                    if inside or document.strip():
-                        pieces.append((document.removesuffix("\n"), True))
-                    inside = False
-                if block and len(text) > BLOCK:
-                    word = re.match(r"(?s).*\S(?=[ \n])", text)
-                    cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # which may begin there
-                    pieces.append((text[:cut], False))
-                    text, inside = text[cut:], True
-                empty = empty and not pieces
-                yield file.buffer.tell() - done, partial(iter, pieces)
-                done = file.buffer.tell()
-        if empty:
-            raise UserError(f"{path} is empty; leave it out")
+    text, inside, empty, block = "", False, True, "-"  # inside: `text` goes on with a document that was cut
+    with open(path, encoding="utf-8-sig", errors=errors) as file:
+        while block:
+            try:
+                block = file.read(BLOCK)
+            except UnicodeDecodeError as error:
+                at = file.buffer.tell() - len(error.object) + error.start
+                raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at});"
+                                " convert it first") from error
+            if errors == "strict" and "\0" in block:
+                raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
+            *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text + (block or "\n"))
+            for document in documents if block else [*documents, text]:
+                if inside or document.strip():
+                    yield document.removesuffix("\n"), True
+                    empty = False
+                inside = False
+            if block and len(text) > BLOCK:
+                word = re.match(r"(?s).*\S(?=[ \n])", text)
+                cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # which may begin there
+                yield text[:cut], False
+                text, inside = text[cut:], True
+    if empty:
+        raise UserError(f"{path} is empty; leave it out")
 
 
-def in_order(pool, function, jobs, ahead):
-    """The results of function(job) in the order of the jobs, with at most `ahead` jobs begun and not yet taken."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(pool.submit(function, job))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def write_tokens(jobs, encoding, file, limit, workers, total=None):
+def write_tokens(encoding, file, pieces, limit, total):
     """Append the tokens of all documents to an open file; return where in the file, in tokens, each document ends.
 
-    Whole documents are kept as long as they end within the limit (None: all); if not even the first one does, it is
-    cut, and still ends with end-of-text. `total`: bytes of all jobs, for the bar. Raises UserError for no documents.
+    Whole documents are kept as long as they end within the limit, if there is one. If not even the first one does, it
+    is cut. `total`: bytes of text, for the progress bar. Raises UserError where there is no document.
     """
-    def tokens_of(job):
+    def encode(batch):
         tokens, ends = array("H"), []
-        for text, is_end in job[1]():
+        for text, is_end in batch:
             tokens.extend(encoding.encode_ordinary(text))
             if is_end:
                 tokens.append(encoding.eot_token)
                 ends.append(len(tokens))
-        return job[0], tokens, ends
+        return tokens, ends, sum(len(text.encode()) for text, _ in batch)
 
     begin = written = file.tell() // 2
-    ends = array("Q")
+    ends, batches = array("Q"), iter(lambda: list(islice(pieces, 16)), [])
     bar = tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None)
-    with ThreadPoolExecutor(workers) as pool, bar:
-        for size, tokens, new_ends in in_order(pool, tokens_of, jobs, 2 * workers):
-            file.write(tokens)
-            ends.extend(written + end for end in new_ends)
-            written += len(tokens)
-            bar.update(size)
-            if limit and written > limit:
-                break
+    with ThreadPoolExecutor() as pool, bar:
+        while not (limit and written > limit) and (jobs := list(islice(batches, 32))):
+            for tokens, new_ends, size in pool.map(encode, jobs):
+                file.write(tokens)
+                ends.extend(written + end for end in new_ends)
+                written += len(tokens)
+                bar.update(size)
     if written == begin:
-        raise UserError("there are no documents in the data; is it the right source?")
+        raise UserError("there is no document in the source; is it the right one?")
     del ends[bisect(ends, limit or written):]
     if not ends:
         ends.append(limit)
@@ -312,13 +272,11 @@ TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc
                "TinyStoriesV2-GPT4-{}.txt")
 OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/8cfd553694d06979cfec29248b200468786f0294/"
                "subsets/urlsf_subset{:02d}.tar")
-TIMEOUT, TRIES, BACKOFF = 10, 5, 0.25  # seconds of silence; requests in a row that bring nothing; seconds, doubling
-NETWORK = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError, ValueError)
-CAP = 1 << 26  # bytes of an archive inside an OpenWebText file, packed or unpacked; about thirty times what they have
+TIMEOUT, TRIES, BACKOFF = 10, 5, 0.25  # seconds of silence; requests per file; seconds, doubling
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never away from https. Size and hash of a file are in the hub's own answer only: `hub`."""
+    """Follows redirects, never away from https. Size and sha256 of a file are in the hub's own answer only: `hub`."""
 
     hub = None
 
@@ -327,124 +285,78 @@ class Redirects(urllib.request.HTTPRedirectHandler):
             raise UserError(f"{request.full_url} leads to {url}, not to https; check HF_ENDPOINT")
         if "X-Linked-ETag" in headers:
             self.hub = headers
-        return urllib.request.Request(url, headers=request.headers)
+        return super().redirect_request(request, response, code, message, headers, url)
 
 
 def fetch(url, path):
-    """One request for what is lacking of a file; `path` is taken once all is there and right.
+    """One request for what is missing of `path`.part, which becomes `path` when size and sha256 are the hub's.
 
-    Until then it lies in `path`.part. A later request, or process, goes on behind that where the hub tells the sha256
-    of the whole. Raises one of NETWORK where asking again may help, and UserError where it will not.
+    Raises OSError, HTTPException or ValueError where asking again may help, and UserError where it will not.
     """
     part, redirects = Path(f"{path}.part"), Redirects()
     with open(part, "ab") as file:
-        have = file.tell()
-        request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
-        if have:
-            request.add_header("Range", f"bytes={have}-")
-        try:
-            response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 416, 429):  # not there, not for us, redirects in a circle
-                raise UserError(f"{url}: {error}; check HF_ENDPOINT, or edit TINYSTORIES or OPENWEBTEXT in"
-                                " prepare_data.py") from error
-            if error.code != 416:
-                raise
-            response = error
-        with response:
+        have = max(0, file.tell() - 1)  # the last byte again: to ask for none is an error
+        request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py", "Range": f"bytes={have}-"})
+        with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as response:
             hub = redirects.hub or response.headers
-            size, sha256 = int(hub.get("X-Linked-Size", 0)), re.search("[0-9a-f]{64}", hub.get("X-Linked-ETag", ""))
-            content_range = response.headers.get("Content-Range", "")
-            if response.status == 200:
-                have, size = 0, size or int(response.headers.get("Content-Length", 0))
-                file.truncate(0)
-            elif not (size and sha256 and re.match(rf"bytes ({have}-|\*/{have}$)", content_range)):
-                file.truncate(0)
-                raise ConnectionError("what came before does not fit what the server has")
-            if size < 1:
-                raise UserError(f"{url}: the server does not say how long the file is; try another HF_ENDPOINT")
+            size, sha256 = int(hub.get("X-Linked-Size", 0)), hub.get("X-Linked-ETag", "").strip('"')
+            if not (size and re.fullmatch("[0-9a-f]{64}", sha256)):
+                raise UserError(f"{url}: the answer has no size and sha256, so it is not the hub's; check HF_ENDPOINT")
+            have = have if response.status == 206 else 0
+            if have + int(response.headers.get("Content-Length", 0)) != size:
+                raise ConnectionError("the answer has not the size of the file, it may be a web page")
+            file.truncate(have)
             with tqdm(desc=path.name, initial=have, total=size, unit="B", unit_scale=True, disable=None) as bar:
-                while have < size and (block := response.read1(min(1 << 16, size - have))):
-                    if have == 0 and re.match(rb"(?i)\s*<(!doctype|html)", block):
-                        raise UserError(f"{url} is a web page, not the file; is a login or a proxy in the way?")
+                while block := response.read1(BLOCK):
                     file.write(block)
-                    have += len(block)
                     bar.update(len(block))
-    if have < size:
+    if (have := part.stat().st_size) < size:
         raise ConnectionError(f"cut after {have:,} of {size:,} bytes")
-    if sha256 and sha256_of(part) != sha256[0]:
+    if sha256_of(part) != sha256:
         part.unlink()
         raise UserError(f"{url} did not arrive as its sha256 on the hub says; run the same command again")
     os.replace(part, path)
 
 
 def download(name, folder):
-    """The path of a hub file in a folder, downloaded unless it is there; whole and right, else UserError."""
+    """The path of a hub file in a folder, downloaded unless it is there. Raises UserError."""
     url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{name}"
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"{url} is no address; HF_ENDPOINT must begin with https://", code=2)
     path = folder / f"{name.partition('/resolve/')[2][:8]}-{Path(name).name}"
     folder.mkdir(parents=True, exist_ok=True)
-    best, failures = 0, 0
+    failures = 0
     while not path.exists():
         try:
             fetch(url, path)
-        except NETWORK as error:
-            have = Path(f"{path}.part").stat().st_size
-            best, failures = max(best, have), 0 if have > best else failures + 1
+        except (OSError, HTTPException, ValueError) as error:
+            failures += 1
+            if getattr(error, "code", 0) == 416:  # two processes wrote into it, and it is longer than the file
+                Path(f"{path}.part").unlink()
             if failures == TRIES:
-                raise UserError(f"{url}: {error}; run the same command again to go on") from error
+                raise UserError(f"{url}: {error}; run the same command again to go on, or check HF_ENDPOINT") from error
             time.sleep(BACKOFF * 2 ** failures)
     return path
 
 
-def tar_members(file, suffix, where):
-    """Yield the bytes of the regular members of a tar file whose names end in suffix. Raises UserError.
+def tar_members(file, ending):
+    """Yield the open regular members of a tar stream whose names end so. They are read, never put on a disk."""
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(ending):
+                yield tar.extractfile(member)
 
-    A tar is a row of 512-byte headers, each with its padded content behind it; a blank one ends it. Names are compared
-    and nothing else, and links, devices and extended headers passed over. (The standard module trusts the sizes in
-    extended headers.) A name of 100 bytes may have been cut, suffix and all, so it counts.
-    """
-    while (header := file.read(512)).strip(b"\0"):
+
+def openwebtext(folder, subsets):
+    """The documents of the first subsets: .txt files in .xz archives in a tar. Runs of newlines become two."""
+    for path in (download(OPENWEBTEXT.format(subset), folder) for subset in range(subsets)):
         try:
-            size, checksum = (int(header[at:at + n].strip(b"\0 ") or b"0", 8) for at, n in ((124, 12), (148, 8)))
-        except ValueError:
-            size = checksum = -1
-        data = file.read(size) if 0 <= size <= CAP else b""
-        if len(data) != size or checksum != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
-            raise UserError(f"{where}: a member of the tar archive is damaged, cut, or has more than {CAP:,} bytes;"
-                            " delete the file and run again")
-        file.read(-size % 512)
-        name, kind = header[:100].rstrip(b"\0"), header[156:157]
-        if kind in (b"0", b"\0") and (name.endswith(suffix) or len(name) == 100):
-            yield data
-
-
-def unpack(packed, where):
-    """The pieces of an .xz archive of OpenWebText: runs of newlines become two, ends are stripped. Raises UserError."""
-    tar = b""
-    try:
-        while packed:  # an .xz file may be several streams, and padding
-            decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * CAP)
-            tar += decoder.decompress(packed, max_length=CAP + 1 - len(tar))
-            if len(tar) > CAP or not decoder.eof:
-                raise lzma.LZMAError(f"more than {CAP:,} bytes unpacked" if len(tar) > CAP else "cut short")
-            packed = decoder.unused_data.lstrip(b"\0")
-    except lzma.LZMAError as error:
-        raise UserError(f"{where} is no whole .xz file ({error}); delete the file and run again") from error
-    for data in tar_members(io.BytesIO(tar), b".txt", where):
-        text = re.sub(r"\n{3,}", "\n\n", data.decode("utf-8", "replace")).strip()
-        if text:
-            yield text, True
-
-
-def openwebtext_jobs(folder, subsets):
-    """Jobs for the first subsets, each downloaded when its turn comes."""
-    for subset in range(subsets):
-        path = download(OPENWEBTEXT.format(subset), folder)
-        with open(path, "rb") as file:
-            for i, packed in enumerate(tar_members(file, b".xz", path)):
-                yield len(packed), partial(unpack, packed, f"{path}: archive {i}")
+            with open(path, "rb") as file:
+                for packed in tar_members(file, ".xz"):
+                    for member in tar_members(lzma.open(packed), ".txt"):
+                        text = member.read().decode("utf-8", "replace")
+                        if text := re.sub(r"\n{3,}", "\n\n", text).strip():
+                            yield text, True
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 # ---- The embedded corpus ---------------------------------------------------------------------------------------------
@@ -584,164 +496,117 @@ VAL_FRACTION = {"demo": 320 / 22_000, "openwebtext": 0.001}  # else 0.1; TinySto
 
 
 def own_files(paths):
-    """The files among paths and, sorted, the .txt files in the folders among them. Raises UserError."""
+    """The files among paths and, sorted, the .txt files in the folders among them, hidden ones left out."""
     files = []
     for path in map(Path, paths):
-        if not (path.is_dir() or path.is_file()):  # a word is a misspelt source, hence wrong usage
-            raise UserError(f"{path} is no file or folder, and not one of {', '.join(SOURCES)}; check the spelling",
-                            code=1 if path.suffix or len(path.parts) > 1 else 2)
-        files += sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path} is no file or folder, and not one of {', '.join(SOURCES)}; check the spelling")
+        files += [path] if path.is_file() else sorted(
+            file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file()
+            and not re.search(r"(^|/)(\.|__MACOSX/)", file.relative_to(path).as_posix()))
     if not files:
         raise UserError(f"{', '.join(paths)}: there is no .txt file; name the files themselves")
     return files
 
 
-def tokenise(args, source, files, encoding, file):
-    """Write the tokens of a source to an open file. Returns (ends of documents, tokens for training, more for meta)."""
-    write = partial(write_tokens, encoding=encoding, file=file, workers=args.workers)
+def tokenise(args, source, files, write):
+    """Write the tokens of a source. Returns the ends of its documents, how many tokens are for training, and meta."""
     limit, downloads = args.max_tokens, args.out / "downloads"
     if source == "tinystories":
-        train, valid = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
+        train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
         val_limit = limit and max(1, limit // 10)
-        ends = write(text_jobs([train], "replace"), limit=limit and limit - val_limit, total=train.stat().st_size)
+        ends = write(read_text(train, "replace"), limit and limit - val_limit, train.stat().st_size)
         split = ends[-1]
-        ends += write(text_jobs([valid], "replace"), limit=limit and split + val_limit, total=valid.stat().st_size)
-        return ends, split, {}
-    if source == "demo":
-        documents = list(demo_documents())
-        jobs = ((0, partial(iter, [(text, True)])) for _, text, _ in documents)
+        return ends + write(read_text(val, "replace"), limit and split + val_limit, val.stat().st_size), split, {}
+    documents = list(demo_documents()) if source == "demo" else ()
+    if documents:
+        pieces = ((text, True) for _, text, _ in documents)
+    elif source == "openwebtext":
+        pieces = openwebtext(downloads, args.subsets or 21)
     else:
-        jobs = openwebtext_jobs(downloads, args.subsets or 21) if source else text_jobs(files)
-    ends = write(jobs, limit=limit, total=sum(path.stat().st_size for path in files) or None)
+        pieces = (piece for path in files for piece in read_text(path))
+    ends = write(pieces, limit, sum(path.stat().st_size for path in files) or None)
     cuts = ends if len(ends) > 1 else range(1, ends[0] + 1)  # a single document is cut between tokens
-    n, fraction = len(cuts), args.val_fraction or VAL_FRACTION.get(source, 0.1)
-    kept = max(1, n - max(1, round(fraction * n)))
+    n = len(cuts)
+    kept = max(1, n - max(1, round((args.val_fraction or VAL_FRACTION.get(source, 0.1)) * n)))
     split = cuts[kept - 1]
-    if source != "demo" or cuts is not ends:
+    if not documents or cuts is not ends:
         return ends, split, {}
     floor = -sum(log_prob for _, _, log_prob in documents[kept:n]) / (ends[-1] - split)  # nats per token, eot counted
     spans = [[documents[i][0], ends[i - 1] - split, ends[i] - split] for i in range(kept, n)]
     return ends, split, {"entropy_floor": floor, "val_documents": spans}
 
 
+def cut_shards(file, split, total, shard_tokens, folder):
+    """Tokens [0, split) of a file become training shards, [split, total) validation shards. Returns meta["shards"]."""
+    file.flush()
+    tokens, shards = memoryview(mmap.mmap(file.fileno(), 0)).cast("H"), []
+    for name, first, last in (("train", 0, split), ("val", split, total)):
+        for i, start in enumerate(range(first, last, shard_tokens)):
+            path, part = folder / f"{name}_{i:06d}.bin", tokens[start:min(start + shard_tokens, last)]
+            write_whole(path, [HEADER.pack(MAGIC, 1, len(part)), part])
+            shards.append({"name": path.name, "tokens": len(part), "sha256": sha256_of(path)})
+    return shards
+
+
 def prepare(args):
-    """Make the shards and meta.json that the options (see `main`) ask for, and say what was made. Raises UserError."""
+    """Make the shards and meta.json that the options ask for, and say what was made. Raises UserError.
+
+    What lies in the folder stays until the new tokens are ready. From then on until all is written meta.json is
+    UNFINISHED, so that nobody trains on a mixture of old and new.
+    """
     source = args.source[0] if len(args.source) == 1 and args.source[0] in SOURCES else None
     files = [] if source else own_files(args.source)
     args.tokenizer = args.tokenizer or ("bytes" if source == "demo" else "gpt2")
     args.out = out = Path(args.out or Path("data", source or Path(args.source[0]).resolve().stem))
-    encoding, meta_path, unfinished = get_tokenizer(args.tokenizer), out / "meta.json", out / UNFINISHED
+    encoding, meta_path = get_tokenizer(args.tokenizer), out / "meta.json"
     options = {name: getattr(args, name) for name in "tokenizer subsets max_tokens shard_tokens val_fraction".split()}
     options["source"] = source or [[path.name, sha256_of(path)] for path in files]
     out.mkdir(parents=True, exist_ok=True)
     old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
-    if not args.overwrite and (meta_path.exists() or old and not unfinished.exists()):
+    unfinished = meta_path.exists() and meta_path.read_bytes() == UNFINISHED
+    if not (args.overwrite or unfinished) and (old or meta_path.exists()):
         if load_data(out).meta.get("options") != options:
-            raise UserError(f"{out} holds other data; add --overwrite, or choose another --out", code=2)
-        unfinished.unlink(missing_ok=True)
+            raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
         print(f"{out} holds this already; --overwrite makes it again")
         return
-    with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind where we are killed
-        ends, split, more = tokenise(args, source, files, encoding, file)
-        if ends[-1] > 10**5 * args.shard_tokens:
-            raise UserError(f"{ends[-1]:,} tokens would be too many files; choose a larger --shard-tokens", code=2)
-        unfinished.touch()  # from here on, what lies here is neither the old data nor the new
-        meta_path.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
+        ends, split, more = tokenise(args, source, files, partial(write_tokens, encoding, file))
+        file.seek(0)
+        sample = encoding.decode([*array("H", file.read(80))])
+        write_whole(meta_path, [UNFINISHED])
         for path in old:
             path.unlink()
         shards = cut_shards(file, split, ends[-1], args.shard_tokens, out)
     meta = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
             "documents": len(ends), "tokens": ends[-1], "options": options, **more, "shards": shards}
     write_whole(meta_path, [json.dumps(meta, indent=1).encode()])
-    unfinished.unlink()
-    sample = encoding.decode(load_data(out).train[0][:40].tolist())
+    floor = f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else ""
     print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens ({ends[-1] - split:,} of them for validation),"
           f" {len(shards)} shards, {2 * ends[-1] + HEADER.size * len(shards):,} bytes;"
-          f" {ends[-1] / len(ends):.1f} tokens per document" +
-          (f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else "") + f"; it begins {sample!r}")
-
-
-# ---- Command line ----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags in full, --a-b and --a_b alike. What is wrong raises UserError with code 2."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_args(self, args=None, namespace=None):
-        args = [re.sub(r"^--[a-zA-Z][\w-]*(?=$|=)", lambda flag: flag[0].replace("_", "-"), argument)
-                for argument in (sys.argv[1:] if args is None else args)]
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, cutoff=0)[0]
-            self.error(f"unknown option {flag}; did you mean {near}?")
-        return options
-
-    def error(self, message):
-        raise UserError(message.removeprefix("argument ") + "; see --help" * (";" not in message), code=2)
-
-
-def run(main):
-    """Run main(argv) and return the exit code. The one place that prints errors: "<program>: error: ..." on stderr."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a story may hold what an ASCII terminal cannot show
-        code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `... | head` has seen enough; Python's own last flush must not complain either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        message, code = str(error), error.code
-    except KeyboardInterrupt:
-        message, code = "interrupted; run the same command again", 130
-    except OSError as error:
-        if not error.strerror:
-            raise
-        message, code = f"{error.filename or 'system'}: {error.strerror}; make room, or check the permissions", 1
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))  # nothing steers a terminal
-    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
-    return code
-
-
-def number(kind, low, high, text):
-    """An int or float from low to high, for argparse."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible; give a {what} from {low} to {high}")
-    return value
+          f" {ends[-1] / len(ends):.1f} tokens per document{floor}; it begins {sample!r}")
 
 
 def main(argv=None):
-    """The command line; returns the exit code. Raises UserError."""
-    parser = Parser(prog="prepare_data.py", description=__doc__.splitlines()[0])
+    """The command line. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", nargs="*", help=f"{', '.join(SOURCES)}, or UTF-8 files, or folders of .txt files")
     parser.add_argument("--out", help="folder for the shards (default: data/<name>)")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: bytes for demo, else gpt2")
-    parser.add_argument("--subsets", type=partial(number, int, 1, 21), help="of openwebtext (default: 21)")
-    parser.add_argument("--max-tokens", type=partial(number, int, 2, 10**12), help="take no more documents than fit")
-    parser.add_argument("--shard-tokens", type=partial(number, int, 1, 2**31 - 1), default=10**8, help="default: 10^8")
-    parser.add_argument("--val-fraction", type=partial(number, float, 1e-6, 1 - 1e-6),
+    parser.add_argument("--subsets", type=int, choices=range(1, 22), metavar="N", help="of openwebtext (default: 21)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="take no more documents than fit")
+    parser.add_argument("--shard-tokens", type=int, metavar="N", default=10**8, help="default: 10^8")
+    parser.add_argument("--val-fraction", type=float, metavar="F",
                         help="of the documents, the last ones (default: 0.1; demo 0.0145, openwebtext 0.001)")
-    parser.add_argument("--workers", type=partial(number, int, 1, 256), default=min(16, os.cpu_count() or 1),
-                        help="threads; they change the speed and nothing else (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new is ready")
     parser.add_argument("--check", metavar="DIR", help="read all of a folder of shards, and stop")
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.check):
         parser.error(f"give either a source ({', '.join(SOURCES)}, or your own files) or --check DIR")
-    if args.subsets and args.source != ["openwebtext"]:
-        parser.error("--subsets is for openwebtext; leave it out")
-    if args.val_fraction and args.source == ["tinystories"]:
-        parser.error("--val-fraction is not for tinystories, which has its own validation file; leave it out")
+    if not 0 < args.shard_tokens < 2**31 or args.max_tokens is not None and args.max_tokens < 2:
+        parser.error("--shard-tokens must be from 1 to 2147483647, --max-tokens at least 2")
+    if args.val_fraction is not None and (not 0 < args.val_fraction < 1 or args.source == ["tinystories"]):
+        parser.error("--val-fraction must be between 0 and 1, and is not for tinystories, which has its own split")
     check(args.check) if args.check else prepare(args)
     return 0
 

@@ -20,7 +20,7 @@ def data(tmp_path_factory):
     Path(folder, "text.txt").write_text(f"\n{prepare_data.SEPARATOR}\n".join(documents), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_data.main([str(folder / "text.txt"), "--out", str(folder / "shards"), "--tokenizer", "bytes",
-                           "--shard-tokens", "6000", "--workers", "1"])
+                           "--shard-tokens", "6000"])
     return str(folder / "shards")
 
 

@@ -19,8 +19,9 @@ from erc_moe import MoE, MoEConfig, MoETransformer, balance_loss
 
 
 def small(**changes):
-    """A configuration that runs in milliseconds."""
-    sizes = dict(vocab_size=64, context_length=16, n_layers=2, n_heads=2, d_model=16, d_expert=24, n_experts=6, top_k=2)
+    """A configuration that runs in milliseconds, with weights large enough that no difference hides below a tolerance."""
+    sizes = dict(vocab_size=64, context_length=16, n_layers=2, n_heads=2, d_model=16, d_expert=24, n_experts=6, top_k=2,
+                 init_std=0.25)
     return MoEConfig(**sizes | changes)
 
 
@@ -61,14 +62,10 @@ def moe_by_loops(moe, x):
     return torch.stack(outputs), balance, torch.stack(logsumexps).square().mean(), counts
 
 
-@pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("routing", ["spread", "two experts empty", "same experts for all"])
 @pytest.mark.parametrize("K, renormalize", [(1, False), (2, False), (2, True), (3, False), (3, True)])
-def test_the_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(monkeypatch, K, renormalize, routing, block):
-    """Sorting, grouped products, filler rows (block 4) and the hand-written backward change nothing; no token is
-    dropped."""
-    dispatch = erc_moe.dispatch
-    monkeypatch.setattr(erc_moe, "dispatch", lambda *given, **usual: dispatch(*given, block))
+def test_the_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(K, renormalize, routing):
+    """Sorting and grouped products change nothing. No token is dropped, and an expert without one gets gradient 0."""
     torch.manual_seed(K)
     moe = MoE(small(top_k=K, renormalize=renormalize))
     x = torch.randn(2, 9, 16)
@@ -90,6 +87,8 @@ def test_the_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(monkeyp
     assert sum(counts) == 18 * K, f"{18 * K - sum(counts)} of {18 * K} rows were dropped"
     empty = {"spread": 0, "two experts empty": 2, "same experts for all": 6 - K}[routing]
     assert counts.count(0) >= empty, f"the case does not test what it says: {counts}"
+    idle = max(moe.W_g.grad[stats.load == 0].abs().sum(), moe.W_o.grad[stats.load == 0].abs().sum())
+    assert idle == 0, f"experts without a token got a gradient of {idle}"
     pairs = {"output": (y.flatten(0, 1), y_slow), "balance": (stats.balance, balance), "z": (stats.z, z),
              "gradient of x": (x.grad, x_slow.grad)}
     for name in ("R", "W_g", "W_p", "W_o"):
@@ -109,29 +108,6 @@ def test_two_equal_runs_are_equal_to_the_bit():
         results.append([out.logits, *(p.grad.clone() for p in model.parameters())])
     different = sum(not torch.equal(a, b) for a, b in zip(*results))
     assert different == 0, f"{different} of {len(results[0])} tensors differ between two equal runs"
-
-
-def test_no_two_rows_are_added_up_in_whatever_order_threads_finish():
-    """A GPU adds up with atomics where one row is written twice: no such operation in the layer, forward or backward.
-    (On a CPU these are repeatable, so that two equal runs would not show them.)"""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    called = set()
-
-    class Listen(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            called.add(str(operation).split(".")[1])
-            return operation(*args, **(kwargs or {}))
-
-    torch.manual_seed(0)
-    moe, x = MoE(small()), torch.randn(3, 16, 16, requires_grad=True)
-    with Listen():
-        y, stats = moe(x)
-        ((y * torch.randn_like(y)).sum() + stats.balance + stats.z).backward()
-    assert {"_grouped_mm", "silu_backward"} <= called, f"this test is blind: it heard of {sorted(called)}"
-    adding = "index_(put|add|reduce)|scatter_(add|reduce)|embedding.*_backward"
-    atomic = {name for name in called if re.search(adding, name)}
-    assert not atomic, f"the layer calls {sorted(atomic)}"
 
 
 def test_one_expert_is_a_dense_swiglu():
@@ -175,6 +151,17 @@ def test_the_balance_loss_is_one_when_every_expert_gets_the_same(K):
     stats = moe(x)[1]
     assert stats.load.tolist() == [K] * 8, f"the case is not balanced: {stats.load.tolist()}"
     assert abs(stats.balance - 1) < 1e-6, f"balance {stats.balance:.6f} at K={K}"
+
+
+def test_the_balance_loss_is_right_for_scores_that_do_not_sum_to_one():
+    """A sigmoid router: equal scores are balanced at 1.0, and a common factor changes nothing."""
+    scores = torch.rand(50, 6, generator=torch.Generator().manual_seed(0))
+    load = torch.tensor([9, 1, 5, 5, 20, 10])
+    assert balance_loss(torch.full((50, 6), 0.7), load).item() == pytest.approx(1), "equal scores"
+    P = scores.double().sum(dim=0) / scores.double().sum()
+    wanted = 6 * sum(f * p for f, p in zip((9, 1, 5, 5, 20, 10), P.tolist())) / 50
+    found = balance_loss(scores, load).item(), balance_loss(scores / 7, load).item()
+    assert found == pytest.approx((wanted, wanted)), f"{found}, by hand {wanted}"
 
 
 def test_layers_are_averaged_after_their_balance_loss_not_pooled_before():
@@ -270,25 +257,12 @@ def test_attention_equals_a_loop_over_positions(qk_norm):
     assert difference < 1e-6, f"off by {difference:.1e} from the loop"
 
 
-def test_attention_in_bfloat16_is_that_of_float32_but_for_the_rounding():
-    """On a CPU it goes another way, by plain products: the same function, to 8 bits."""
-    model, tokens = model_and_tokens(d_model=64)
-    attention, x = model.blocks[0].attention, torch.randn(2, 16, 64)
-    y = attention(x, model.cos, model.sin)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = attention(x, model.cos, model.sin)
-    error = ((low - y).norm() / y.norm()).item()
-    assert low.dtype == torch.bfloat16 and 1e-4 < error < 0.01, f"{low.dtype}, off by {error:.2%}"
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_no_logit_depends_on_a_later_token(bf16):
+def test_no_logit_depends_on_a_later_token():
     """Causality, through attention and through the experts: who else goes to my expert is not my business."""
     model, tokens = model_and_tokens()
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 64
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        before, after = model(tokens).logits, model(changed).logits
+    before, after = model(tokens).logits, model(changed).logits
     assert gap(before[:, :9], after[:, :9]) < 1e-6, f"earlier logits moved by {gap(before[:, :9], after[:, :9]):.1e}"
     assert gap(before[:, 9:], after[:, 9:]) > 1e-2, "the changed tokens changed nothing: this test is blind"
 
@@ -317,21 +291,23 @@ def test_parameters_counted_by_hand():
     assert total == active, f"K = n, but {active} of {total} active"
 
 
-def test_every_matrix_starts_at_the_stated_scale():
-    """Each parameter has its own statement here, so that none is forgotten; experts start different."""
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_every_matrix_starts_at_the_stated_scale(std):
+    """init_std, over sqrt(2L) where it adds to the residual stream. No parameter is forgotten; experts start different.
+    """
     torch.manual_seed(0)
-    L, d, D, V = 3, 128, 64, 512
-    model = MoETransformer(small(vocab_size=V, n_layers=L, d_model=d, d_expert=D, n_experts=32))
-    stated = {"R": d**-0.5, "W_g": d**-0.5, "W_p": d**-0.5, "W_o": (2 * L * D) ** -0.5, "o.weight": (2 * L * d) ** -0.5,
-              "q.weight": d**-0.5, "k.weight": d**-0.5, "v.weight": d**-0.5, "embedding.weight": 0.02,
-              "head.weight": 0.02}
+    L, V = 3, 512
+    model = MoETransformer(small(vocab_size=V, n_layers=L, d_model=128, d_expert=64, n_experts=32, init_std=std))
+    residual = std * (2 * L) ** -0.5
+    stated = {"R": std, "W_g": std, "W_p": std, "W_o": residual, "o.weight": residual, "q.weight": std,
+              "k.weight": std, "v.weight": std, "embedding.weight": 0.02, "head.weight": 0.02}
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all(), f"{name} does not start at 1"
             continue
-        std = next(std for end, std in stated.items() if name.endswith(end))
-        ratio = parameter.std().item() / std
-        assert 0.95 < ratio < 1.05, f"{name} starts at {ratio:.3f} of the stated {std:.4f}"
+        expected = next(value for end, value in stated.items() if name.endswith(end))
+        ratio = parameter.std().item() / expected
+        assert 0.95 < ratio < 1.05, f"{name} starts at {ratio:.3f} of the stated {expected:.4f}"
         assert parameter.flatten(1).unique(dim=0).size(0) == parameter.size(0), f"{name} has equal rows or experts"
     tokens = torch.randint(V, (8, 16))
     ce = model(tokens, torch.randint(V, (8, 16))).ce.item()
@@ -352,27 +328,8 @@ def test_bfloat16_does_not_change_who_is_chosen():
     for name, a, b in zip(("logits", "probs", "weights", "experts"), moe.route(x.flatten(0, 1)), routed_low):
         assert torch.equal(a, b), f"{name} of routing: {(a != b).float().mean():.2%} of entries differ under autocast"
     assert stats_low.load.tolist() == stats.load.tolist(), "experts got other rows under autocast"
-    assert y_low.dtype == torch.bfloat16, f"the experts ran in {y_low.dtype}"
     error = ((y_low - y).norm() / y.norm()).item()
-    assert error < 0.01, f"output is off by {error:.2%}"
-
-
-def test_on_a_cpu_bfloat16_fills_blocks_of_64_rows_and_float32_none():
-    """What makes bfloat16 fast on a CPU: few different numbers of rows. pair and row stay inverse, fillers are 0."""
-    experts = torch.tensor([[0, 2], [2, 0], [2, 3]])
-    pair, row, ends, load = erc_moe.dispatch(experts, 4, block=64)
-    assert load.tolist() == [2, 0, 3, 1] and ends.tolist() == [64, 64, 128, 192], f"load {load}, ends {ends}"
-    assert pair[row].tolist() == list(range(6)) and row.tolist() == [0, 64, 65, 1, 66, 128], f"row {row}"
-    assert pair.sum() == sum(range(6)) and len(pair) == 192, f"{len(pair)} rows, of which {pair.count_nonzero()} filled"
-    seen = []
-    original, moe, x = F.grouped_mm, MoE(small()), torch.randn(3, 16, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "grouped_mm", lambda rows, W, offs: seen.append(offs.tolist()) or original(rows, W, offs=offs))
-        moe(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            moe(x)
-    assert all(ends[-1] == 96 for ends in seen[:3]), f"float32: {seen[0]}"
-    assert all(end % 64 == 0 for ends in seen[3:] for end in ends), f"bfloat16: {seen[3]}"
+    assert 1e-4 < error < 0.01, f"output is off by {error:.2%}: below 1e-4, the experts were not in bfloat16"
 
 
 def test_a_layer_in_bfloat16_works():
@@ -390,13 +347,11 @@ def test_a_layer_in_bfloat16_works():
     assert all(p.grad.isfinite().all() for p in moe.parameters()), "gradients are not finite"
 
 
-def test_no_shape_and_no_decision_waits_for_a_value(monkeypatch):
+def test_no_shape_and_no_decision_waits_for_a_value():
     """Forward and backward run on tensors without content, where reading a value is an error: no item(), no bincount,
     no masks, so that on a GPU nothing waits."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    dispatch = erc_moe.dispatch
-    monkeypatch.setattr(erc_moe, "dispatch", lambda *given, **usual: dispatch(*given))  # no fillers, as on a GPU
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model, tokens = model_and_tokens()
         out = model(tokens, tokens)
@@ -431,37 +386,25 @@ def test_compiled_once_for_every_routing():
 
 
 def test_greedy_sampling_is_the_argmax_step_by_step():
-    """Also beyond context_length, where the model sees the last tokens only; drawing from the top 1 is the same."""
+    """Also beyond context_length, where the model sees the last tokens only."""
     model, tokens = model_and_tokens()
     wanted = tokens[:, :10]
     for _ in range(12):  # from 10 tokens to 22, past the 16 of the context
         wanted = torch.cat((wanted, model(wanted[:, -16:]).logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     assert torch.equal(model.generate(tokens[:, :10], 12, temperature=0), wanted), "not the likeliest tokens"
-    assert torch.equal(model.generate(tokens[:, :10], 12, sample_top_k=1), wanted), "top 1 is not the likeliest token"
-    with pytest.raises(ValueError, match="17 tokens in a row are more than context_length 16"):
+    with pytest.raises(ValueError, match="17 tokens is longer than context_length 16"):
         model(wanted[:, :17])
 
 
 def test_sampling_is_as_likely_as_the_model_says():
-    """Frequencies over 4000 draws follow softmax(logits / temperature), cut to the top 5."""
+    """Frequencies over 4000 draws follow softmax(logits / temperature) over the first vocab_size ids."""
     model, tokens = model_and_tokens()
     model.head.weight.data *= 20  # far from uniform
-    drawn = model.generate(tokens[:1].repeat(4000, 1), 1, 0.7, 5, generator=torch.Generator().manual_seed(0))[:, -1]
-    frequency = drawn.bincount(minlength=64) / 4000
-    best = model(tokens[:1]).logits[0, -1].topk(5)
-    wanted = torch.zeros(64).scatter(0, best.indices, (best.values / 0.7).softmax(dim=0))
-    assert frequency[wanted == 0].sum() == 0, "drew from outside of the top 5"
+    drawn = model.generate(tokens[:1].repeat(4000, 1), 1, 0.7, torch.Generator().manual_seed(0), vocab_size=40)[:, -1]
+    frequency = drawn.bincount(minlength=40) / 4000
+    assert len(frequency) == 40, f"drew {len(frequency) - 1}, of 40 ids that exist"
+    wanted = (model(tokens[:1]).logits[0, -1, :40] / 0.7).softmax(dim=0)
     assert gap(frequency, wanted) < 0.03, f"frequencies off by {gap(frequency, wanted):.3f}"  # 4 sigma at most
-
-
-@pytest.mark.parametrize("temperature, sample_top_k", [(0, None), (1.0, None), (1.0, 5)])
-def test_ids_that_only_pad_the_vocabulary_are_never_drawn(temperature, sample_top_k):
-    """Ids from vocab_size on stay out, even where the model is sure of them."""
-    model, tokens = model_and_tokens()
-    model.head.register_forward_hook(lambda module, inputs, logits: logits + 1e4 * (torch.arange(64) >= 40))
-    new = model.generate(tokens, 10, temperature, sample_top_k, vocab_size=40)[:, 16:]
-    assert new.max() < 40, f"drew {new.max()}, of 40 that exist"
-    assert model.generate(tokens, 1, 0)[:, 16:].min() >= 40, "without vocab_size nothing pads: this test is blind"
 
 
 def test_sampling_stops_when_every_row_has_drawn_stop():
@@ -488,18 +431,14 @@ def test_the_same_generator_seed_gives_the_same_text():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(d_model=127, n_heads=1), "d_model must be a multiple of 8, got 127; try 128"),
-    (dict(d_expert=3), "d_expert must be a multiple of 8, got 3; try 8"),
-    (dict(d_model=24, n_heads=5), "d_model 24 does not split into 5 heads"),
-    (dict(d_model=24, n_heads=8), "d_model 24 does not split into 8 heads of even width; make it a multiple of 16"),
-    (dict(top_k=7), "top_k 7 is more than n_experts 6; lower it"),
-    (dict(n_layers=0), "n_layers must be at least 1, got 0"),
-    (dict(top_k=-1), "top_k must be at least 1, got -1"),
-    (dict(rope_theta=0.0), "rope_theta must be finite and above 0, got 0.0"),
-    (dict(norm_eps=math.nan), "norm_eps must be finite and above 0, got nan"),
+    (dict(d_model=124, n_heads=1), "d_model 124 and d_expert 24 must be multiples of 8"),
+    (dict(d_expert=3), "d_model 16 and d_expert 3 must be multiples of 8"),
+    (dict(d_model=24, n_heads=8), "d_model 24 does not split into 8 heads of even width"),
+    (dict(top_k=7), "top_k must be from 1 to n_experts 6, got 7"),
+    (dict(top_k=0), "top_k must be from 1 to n_experts 6, got 0"),
 ])
 def test_shapes_that_cannot_work_are_refused_with_the_numbers(changes, message):
-    """At construction, not in the middle of a product; a size that is a little off names the nearest that works."""
+    """At construction, not in the middle of a product."""
     with pytest.raises(ValueError, match=re.escape(message)):
         small(**changes)
 
@@ -523,21 +462,9 @@ def shape_comments():
     return claims
 
 
-def lines_for_bf16_on_a_cpu():
-    """The lines below the two conditions that ask for it."""
-    lines = inspect.getsource(erc_moe).splitlines()
-    starts = [i for i, line in enumerate(lines, 1) if re.search(r'if (block > 1|x.device.type == "cpu" and .*):', line)]
-    assert len(starts) == 2, f"the conditions stand on lines {starts}, not on two"
-    return {line for start in starts for line in range(start, start + 6)}
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_every_shape_comment_is_true(bf16):
-    """Runs the file with a different size for every letter, and compares each commented line with what it assigned. In
-    bf16 every expert gets 64 rows, so that there are no fillers."""
-    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, S=120, d=48, D=24)  # d/H = 16, d/H/2 = 8: all different
-    if bf16:
-        size.update(T=16, N=64, n=6, S=384)
+def test_every_shape_comment_is_true():
+    """Runs the file with a different size for every letter, and compares each commented line with what it assigned."""
+    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, d=48, D=24)  # d/H = 16, d/H/2 = 8: all different
     config = MoEConfig(size["V"], size["T"], size["L"], size["H"], size["d"], size["D"], size["n"], size["K"])
     claims, seen, wrong, previous = shape_comments(), set(), [], {}
 
@@ -564,15 +491,13 @@ def test_every_shape_comment_is_true(bf16):
     sys.settrace(trace)
     try:
         model = MoETransformer(config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = model(tokens, tokens)
-        for noise in ("sample", "none", "expected"):
-            model.erc_loss(noise=noise)
+        output = model(tokens, tokens)
+        model.erc_loss()
         M = erc_moe.activation_norms(model.moe_layers()[0].R, model.moe_layers()[0].W_g)
         erc_moe.coupling_report(M)
         erc_moe.heat_map(M)
         for temperature in (0, 1.0):
-            model.generate(tokens, 1, temperature, sample_top_k=3, stop=0)
+            model.generate(tokens, 1, temperature, stop=0)
         x, stats = model.blocks[0](torch.randn(4, size["T"], 48), model.cos, model.sin)
     finally:
         sys.settrace(before)
@@ -584,5 +509,5 @@ def test_every_shape_comment_is_true(bf16):
                 wrong.append(f"{type(fields).__name__}.{name} claims {claim}, is {list(getattr(fields, name).shape)}")
     assert not wrong, "; ".join(wrong)
     assert x.shape == (4, size["T"], 48), f"a block should return [B, T, d], returned {list(x.shape)}"
-    never = set(claims) - seen - (set() if bf16 else lines_for_bf16_on_a_cpu())
+    never = set(claims) - seen
     assert not never and len(seen) > 40, f"{len(seen)} checked; never ran: lines {sorted(never)}"

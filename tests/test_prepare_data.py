@@ -3,53 +3,39 @@
 Downloads have a file of their own, test_hub.py.
 """
 
-import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
-import time
 from array import array
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 import prepare_data
-from prepare_data import SEPARATOR, UserError, get_tokenizer, load_data, main, read_shard
+from prepare_data import SEPARATOR, UserError, get_tokenizer, load_data, main
 
 ROOT = Path(prepare_data.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-
-def gpt2():
-    try:
-        return get_tokenizer("gpt2")
-    except UserError as error:
-        pytest.skip(f"needs the GPT-2 vocabulary: {error}")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def failure(capsys, *argv):
-    """(exit code, the one line on stderr) of a command that must fail."""
-    old, sys.argv = sys.argv, ["prepare_data.py", *map(str, argv)]
-    try:
+    """The one line on stderr of a command that must fail with exit code 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["/somewhere/prepare_data.py", *map(str, argv)])
         code = prepare_data.run(main)
-    finally:
-        sys.argv = old
     lines = capsys.readouterr().err.splitlines()
-    assert code in (1, 2) and len(lines) == 1, f"exit {code}, {len(lines)} lines on stderr: {lines}"
-    assert lines[0].startswith("prepare_data.py: error: ") and ";" in lines[0], lines[0]
-    return code, lines[0]
+    assert code == 1 and len(lines) == 1, f"exit {code}, {len(lines)} lines on stderr: {lines}"
+    assert lines[0].startswith("prepare_data.py: error: "), lines[0]
+    return lines[0]
 
 
 def tokens(folder, split):
-    return [token for tensor in getattr(load_data(folder), split) for token in tensor.tolist()]
+    return [token for shard in getattr(load_data(folder), split) for token in shard.tolist()]
 
 
 def all_tokens(folder):
@@ -66,22 +52,22 @@ def write(path, data):
     return str(path)
 
 
+def prepare(text, *argv, out="o"):
+    """Prepare a text, or a list of documents, as bytes in the folder `out`."""
+    write("a.txt", text if isinstance(text, str) else f"\n{SEPARATOR}\n".join(text))
+    return main(["a.txt", "--out", out, "--tokenizer", "bytes", *argv])
+
+
 def as_ids(*documents):
     return [i for document in documents for i in [*document.encode(), 256]]
 
 
 def stories(n, seed=0):
-    draw = random.Random(seed)
-    return [
-        " ".join(
-            draw.choice(["Ein", "kleiner", "Bär", "日本", "once", "upon", "a\n\n time"])
-            for _ in range(draw.randint(1, 60))
-        )
-        for _ in range(n)
-    ]
+    draw, words = random.Random(seed), ["Ein", "kleiner", "Bär", "日本", "once", "upon", "a\n\n time"]
+    return [" ".join(draw.choices(words, k=draw.randint(1, 60))) for _ in range(n)]
 
 
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+# ---- Text to tokens --------------------------------------------------------------------------------------------------
 
 
 def test_bytes_tokenizer_is_the_bytes():
@@ -89,72 +75,35 @@ def test_bytes_tokenizer_is_the_bytes():
     encoding, draw = get_tokenizer("bytes"), random.Random(0)
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     for _ in range(100):
-        text = (
-            "".join(chr(draw.choice([*range(128), 228, 0x65E5, 0x1F600])) for _ in range(draw.randint(0, 300)))
-            + SEPARATOR
-        )
-        ids = encoding.encode_ordinary(text)
-        assert bytes(ids) == text.encode() and encoding.decode(ids) == text, repr(text)
-
-
-def test_gpt2_keeps_the_marker_in_a_line_as_text():
-    """A marker inside a line is text: it comes back when decoded, and is never the end-of-text token."""
-    encoding = gpt2()
-    write("a.txt", f"say {SEPARATOR} twice {SEPARATOR}\nbye")
-    assert main(["a.txt", "--out", "o", "--tokenizer", "gpt2"]) == 0
-    ids = all_tokens("o")
-    assert ids.count(encoding.eot_token) == 1 == ids[-1:].count(50256), ids
-    assert encoding.decode(ids[:-1]) == f"say {SEPARATOR} twice {SEPARATOR}\nbye"
+        text = "".join(chr(draw.choice([*range(128), 228, 0x65E5, 0x1F600])) for _ in range(draw.randint(0, 300)))
+        ids = encoding.encode_ordinary(text + SEPARATOR)
+        assert bytes(ids) == (text + SEPARATOR).encode() and encoding.decode(ids) == text + SEPARATOR, repr(text)
 
 
 def test_no_vocabulary_and_no_network_is_one_line(tmp_path):
     """Without the GPT-2 files and a network, a fresh process says TIKTOKEN_CACHE_DIR in one line and exits with 1."""
     write("a.txt", "text")
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    done = subprocess.run(
-        [sys.executable, ROOT / "prepare_data.py", "a.txt"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, **nowhere, "NO_PROXY": "", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")},
-    )
+    done = subprocess.run([sys.executable, ROOT / "prepare_data.py", "a.txt"], capture_output=True, text=True, env={
+        **os.environ, **nowhere, "NO_PROXY": "", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")})
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "TIKTOKEN_CACHE_DIR" in done.stderr, done.stderr
-    assert done.stderr.startswith("prepare_data.py: error: ") and not Path("data").exists(), done.stderr
+    assert not Path("data").exists()
 
 
-# ---- Own text --------------------------------------------------------------------------------------------------------
-
-
-def test_shard_is_the_llm_c_format():
-    """A shard is 256 little-endian int32 (20240520, 1, n, 0 ...) and n little-endian uint16, read without our code."""
-    write("a.txt", "Hello")
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes", "--val-fraction", "0.5"])
-    data = Path("o/train_000000.bin").read_bytes()
-    header = struct.unpack("<256i", data[:1024])
-    assert header == (20240520, 1, 3, *[0] * 253), header[:5]
-    assert struct.unpack("<3H", data[1024:]) == tuple(b"Hel")
-    assert struct.unpack("<3H", Path("o/val_000000.bin").read_bytes()[1024:]) == (*b"lo", 256)
-
-
-@pytest.mark.parametrize(
-    "dress",
-    [
-        lambda t: t,
-        lambda t: "\ufeff" + t,
-        lambda t: t.replace("\n", "\r\n"),
-        lambda t: t + "\n",
-        lambda t: f"{SEPARATOR}\n{SEPARATOR}\n \n{SEPARATOR}\n{t}\n{SEPARATOR}\n{SEPARATOR}",
-    ],
-    ids=["plain", "bom", "crlf", "newline", "separators"],
-)
+@pytest.mark.parametrize("dress", [
+    lambda t: t,
+    lambda t: "\ufeff" + t,
+    lambda t: t.replace("\n", "\r\n"),
+    lambda t: t + "\n",
+    lambda t: f"{SEPARATOR}\n{SEPARATOR}\n \n{SEPARATOR}\n{t}\n{SEPARATOR}\n{SEPARATOR}",
+], ids=["plain", "bom", "crlf", "newline", "separators"])
 @pytest.mark.parametrize("block", [17, 18, 19, 30, 64, 1 << 20])
 def test_documents_of_a_file(monkeypatch, dress, block):
     """However a file is dressed and read, its documents are the texts between separator lines, each with its end."""
     monkeypatch.setattr(prepare_data, "BLOCK", block)
     texts = ["one\n\ntwo", "drei ü" + "\n" * 40, "  four", f"five {SEPARATOR} five", f"{SEPARATOR}six"]
     text = dress(f"\n{SEPARATOR}\n".join(texts))
-    write("a.txt", text)
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes", "--val-fraction", "0.4"])
+    prepare(text, "--val-fraction", "0.4")
     texts[-1] += "\n" * (text[-1] == "\n")
     assert tokens("o", "train") == as_ids(*texts[:3]), bytes(i % 256 for i in tokens("o", "train"))
     assert tokens("o", "val") == as_ids(*texts[3:]), bytes(i % 256 for i in tokens("o", "val"))
@@ -162,377 +111,234 @@ def test_documents_of_a_file(monkeypatch, dress, block):
 
 def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
     """A document longer than a block gives exactly the GPT-2 tokens of the whole, runs of white space included."""
-    encoding, draw = gpt2(), random.Random(1)
-    text = "".join(
-        draw.choice(["word", "It's", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "日本", "\u00a0", "\x1c", "\u2003"])
-        for _ in range(9000)
-    )
+    try:
+        encoding, draw = get_tokenizer("gpt2"), random.Random(1)
+    except UserError as error:
+        pytest.skip(f"needs the GPT-2 vocabulary: {error}")
+    parts = ["word", "It's", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "日本", "\u00a0", "\x1c", "\u2003"]
+    text = "".join(draw.choices(parts, k=9000))
     whole = encoding.encode_ordinary(text)
     write("a.txt", text)
     for block in (100, 300, 1000):
         monkeypatch.setattr(prepare_data, "BLOCK", block)
-        pieces = [piece for _, job in prepare_data.text_jobs([Path("a.txt")]) for piece in job()]
-        ids = [i for piece, _ in pieces for i in encoding.encode_ordinary(piece)]
+        pieces = list(prepare_data.read_text("a.txt"))
         assert len(pieces) > 5 and [end for _, end in pieces].count(True) == 1, (block, len(pieces))
+        ids = [i for piece, _ in pieces for i in encoding.encode_ordinary(piece)]
         assert ids == whole, f"blocks of {block}: {len(ids)} tokens instead of {len(whole)}"
 
 
-def test_workers_do_not_change_a_byte(monkeypatch):
-    """1, 2 and 4 threads write the same files, meta.json included."""
-    monkeypatch.setattr(prepare_data, "BLOCK", 200)
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(300)))
-    encode = get_tokenizer("bytes").encode_ordinary
+def test_a_folder_is_its_text_files_without_the_hidden_ones():
+    """A folder stands for its .txt files in any case, sorted, one document each. Hidden files, copies in hidden folders
+    and what macOS packs beside them stay out: a copy would put validation text into the training text.
+    """
+    for name in ("n/b.txt", "n/a.txt", "n/c/D.TXT"):
+        write(name, name)
+    for name in ("n/x.png", "n/._a.txt", "n/.ipynb_checkpoints/b-checkpoint.txt", "n/__MACOSX/a.txt", "n/c/.git/e.txt"):
+        write(name, b"\xff hidden")
+    os.rename("n", ".n")  # a folder that is named by the user may be hidden itself
+    main([".n", "--out", "o", "--tokenizer", "bytes"])
+    assert all_tokens("o") == as_ids("n/a.txt", "n/b.txt", "n/c/D.TXT")
 
-    class Uneven:
-        """A tokenizer that takes longer for some pieces, so that threads finish out of order."""
 
-        eot_token, n_vocab, decode = 256, 257, get_tokenizer("bytes").decode
+# ---- Shards ----------------------------------------------------------------------------------------------------------
 
-        def encode_ordinary(self, text):
-            time.sleep(len(text) % 7 / 2000)
-            return encode(text)
 
-    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: Uneven())
-    for workers in (1, 2, 4):
-        main(
-            [
-                "a.txt",
-                "--out",
-                f"o{workers}",
-                "--tokenizer",
-                "bytes",
-                "--workers",
-                str(workers),
-                "--shard-tokens",
-                "5000",
-            ]
-        )
-    assert contents("o1") == contents("o2") == contents("o4")
+def test_a_shard_is_the_llm_c_format():
+    """A shard is 256 little-endian int32 (20240520, 1, n, 0 ...) and n little-endian uint16, read without our code. In
+    memory it is writable, as torch wants it; what is written there never reaches the disk.
+    """
+    prepare("Hello", "--val-fraction", "0.5")
+    data = Path("o/train_000000.bin").read_bytes()
+    header = struct.unpack("<256i", data[:1024])
+    assert header == (20240520, 1, 3, *[0] * 253), header[:5]
+    assert struct.unpack("<3H", data[1024:]) == tuple(b"Hel")
+    assert struct.unpack("<3H", Path("o/val_000000.bin").read_bytes()[1024:]) == (*b"lo", 256)
+    shard = load_data("o").train[0]
+    shard[0] = 7
+    assert shard.tolist() == [7, *b"el"] and (shard.format, shard.itemsize) == ("H", 2)
+    assert Path("o/train_000000.bin").read_bytes() == data
 
 
 def test_shards_are_cut_anywhere_and_lose_nothing():
     """With any --shard-tokens, the shards one after the other hold the same tokens, and none more than was asked."""
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(30)))
-    main(["a.txt", "--out", "whole", "--tokenizer", "bytes"])
+    prepare(stories(30), out="whole")
     for n in (1000, 777, len(tokens("whole", "train")), len(tokens("whole", "train")) - 1):
-        main(["a.txt", "--out", f"o{n}", "--tokenizer", "bytes", "--shard-tokens", str(n)])
+        prepare(stories(30), "--shard-tokens", str(n), out=f"o{n}")
         sizes = [len(shard) for shard in load_data(f"o{n}").train]
         assert all(size == n for size in sizes[:-1]) and 0 < sizes[-1] <= n, sizes
         assert tokens(f"o{n}", "train") == tokens("whole", "train") and tokens(f"o{n}", "val") == tokens("whole", "val")
 
 
 def test_max_tokens_takes_whole_documents():
-    """At most N tokens, of whole documents from the beginning; a single long document is cut and still ends."""
-    texts = stories(40)
-    write("a.txt", f"\n{SEPARATOR}\n".join(texts))
-    for limit in (2000, 2001, 5, 10**6):
-        main(["a.txt", "--out", f"o{limit}", "--tokenizer", "bytes", "--max-tokens", str(limit)])
-        ids = all_tokens(f"o{limit}")
-        fit = max(n for n in range(41) if len(as_ids(*texts[:n])) <= limit)
-        assert ids == (as_ids(*texts[:fit]) if fit else as_ids(texts[0])[: limit - 1] + [256]), (limit, len(ids), fit)
+    """At most N tokens, of whole documents from the beginning. If not even the first one fits, it is cut and ends."""
+    texts = stories(400)
+    for limit in (20_000, 20_001, 10**6):
+        prepare(texts, "--max-tokens", str(limit), out=f"o{limit}")
+        fit = sum(end <= limit for end in accumulate(len(text.encode()) + 1 for text in texts))
+        assert all_tokens(f"o{limit}") == as_ids(*texts[:fit]), (limit, fit)
+    prepare(texts, "--max-tokens", "5", out="o5")
+    assert all_tokens("o5") == as_ids(texts[0])[:4] + [256], all_tokens("o5")
 
 
-def test_folder_is_its_txt_files_in_order():
-    """A folder stands for its .txt files, sorted, one document each; other files are left alone."""
-    for name, text in (("n/b.txt", "B"), ("n/a.txt", "A"), ("n/c/d.txt", "D"), ("n/x.png", b"\xff")):
-        write(name, text)
-    main(["n", "--out", "o", "--tokenizer", "bytes"])
-    assert all_tokens("o") == as_ids("A", "B", "D")
-
-
-def test_final_line_counts(capsys):
-    """The last line gives documents, tokens, shards, bytes, mean length and how the text begins; so does meta.json."""
-    write("a.txt", f"\n{SEPARATOR}\n".join(["abc"] * 20))
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes"])
-    line, meta = capsys.readouterr().out.splitlines()[-1], json.loads(Path("o/meta.json").read_text(encoding="utf-8"))
-    for word in (
-        "20 documents",
-        "80 tokens",
-        "8 of them",
-        "2 shards",
-        f"{2 * 1024 + 160:,} bytes",
-        "4.0 tokens per",
-        "'abc",
-    ):
+def test_the_final_line_and_meta_json_count(capsys):
+    """The last line gives documents, tokens, shards, bytes, mean length and how the text begins."""
+    prepare(["abc"] * 20)
+    line, meta = capsys.readouterr().out.splitlines()[-1], json.loads(Path("o/meta.json").read_bytes())
+    for word in ("20 documents", "80 tokens", "8 of them", "2 shards", "2,208 bytes", "4.0 tokens per", "'abc"):
         assert word in line, f"{word!r} is not in {line!r}"
     assert (meta["documents"], meta["tokens"], meta["vocab_size"], meta["eot"]) == (20, 80, 257, 256), meta
-    for shard in meta["shards"]:
-        assert shard["sha256"] == hashlib.sha256(Path("o", shard["name"]).read_bytes()).hexdigest(), shard
 
 
 def test_the_same_again_is_no_work_and_other_data_is_refused(capsys):
-    """Finished data stays: the same command does nothing, another one exits with 2, --overwrite replaces all shards."""
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(30)))
-    command = ["a.txt", "--out", "o", "--tokenizer", "bytes", "--shard-tokens", "500"]
-    main(command)
+    """Finished data stays: the same command does nothing, another one exits with 1, --overwrite replaces all shards."""
+    prepare(stories(30), "--shard-tokens", "500")
     before = {path.name: path.stat().st_mtime_ns for path in Path("o").iterdir()}
-    assert main(command) == 0 and {path.name: path.stat().st_mtime_ns for path in Path("o").iterdir()} == before
-    write("a.txt", "other text, and not much of it")
-    code, line = failure(capsys, *command)
-    assert code == 2 and "--overwrite" in line, line
-    assert main([*command, "--overwrite"]) == 0
-    assert all_tokens("o") == as_ids("other text, and not much of it")
+    prepare(stories(30), "--shard-tokens", "500")
+    assert {path.name: path.stat().st_mtime_ns for path in Path("o").iterdir()} == before
+    with pytest.raises(UserError, match="add --overwrite"):
+        prepare("other text", "--shard-tokens", "500")
+    write("b.txt", b"bad \xff text")  # the old data stays until the new tokens are ready
+    assert "UTF-8" in failure(capsys, "b.txt", "--out", "o", "--tokenizer", "bytes", "--overwrite")
+    assert {path.name: path.stat().st_mtime_ns for path in Path("o").iterdir()} == before
+    prepare("other text", "--overwrite")
+    assert all_tokens("o") == as_ids("other text")
     assert sorted(contents("o")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
 
 
-def test_failed_overwrite_keeps_the_old_data(capsys):
-    """--overwrite with text that turns out to be bad leaves the folder as it was."""
-    write("a.txt", "good text")
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes"])
-    before = contents("o")
-    write("b.txt", b"bad \xff text")
-    assert failure(capsys, "b.txt", "--out", "o", "--tokenizer", "bytes", "--overwrite")[0] == 1
-    assert contents("o") == before
-
-
-def test_demo_knows_its_floor():
-    """The demo needs less than 10 s of one core; floor and val_documents describe the documents of its val shard."""
-    began = time.process_time()
-    assert main(["demo", "--out", "d"]) == 0
-    seconds, data = time.process_time() - began, load_data("d")
-    documents, ids = list(prepare_data.demo_documents()), tokens("d", "val")
-    spans = data.meta["val_documents"]
-    held_out = documents[-len(spans) :]
-    assert seconds < 10 and len(spans) >= 300, f"{seconds:.1f} s, {len(spans)} held-out documents"
-    assert ids == as_ids(*(text for _, text, _ in held_out)), "the val shard is not the last documents"
-    ends = [0]
-    for (kind, first, end), (true_kind, text, _) in zip(spans, held_out, strict=True):
-        assert (kind, first, end) == (true_kind, ends[-1], ends[-1] + len(text) + 1), (kind, first, end)
-        ends.append(end)
-    floor = -sum(log_prob for _, _, log_prob in held_out) / len(ids)
-    assert abs(data.meta["entropy_floor"] - floor) < 1e-9, f"{data.meta['entropy_floor']} instead of {floor}"
-    assert (data.tokenizer, data.vocab_size, data.eot) == ("bytes", 257, 256)
-
-
-# ---- What is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "argv, word",
-    [
-        (["demo", "--max-tokens", "nan"], "nan"),
-        (["demo", "--max-tokens", "inf"], "inf"),
-        (["demo", "--max-tokens", "-1"], "-1"),
-        (["demo", "--max-tokens", "0"], "0"),
-        (["demo", "--max-tokens", "1e3"], "1e3"),
-        (["demo", "--max-tokens", "9" * 30], "999"),
-        (["demo", "--max-tokens", "9" * 5000], "999"),
-        (["demo", "--shard-tokens", "0"], "0"),
-        (["demo", "--shard-tokens", str(2**31)], "2147483647"),
-        (["demo", "--val-fraction", "nan"], "nan"),
-        (["demo", "--val-fraction", "0"], "0"),
-        (["demo", "--val-fraction", "1"], "1"),
-        (["demo", "--val-fraction", "x"], "x"),
-        (["demo", "--workers", "0"], "0"),
-        (["demo", "--workers", "1000000"], "256"),
-        (["openwebtext", "--subsets", "22"], "21"),
-        (["demo", "--subsets", "1"], "openwebtext"),
-        (["tinystories", "--val-fraction", "0.1"], "validation"),
-        (["demo", "--max", "5"], "--max-tokens"),
-        (["demo", "--wrokers", "2"], "--workers"),
-        (["demo", "--tokenizer", "gpt3"], "gpt2"),
-        (["tinystorys"], "tinystories"),
-        ([], "demo"),
-        (["demo", "--check", "x"], "--check"),
-        (["demo", "--out"], "--out"),
-        (["big.txt", "--tokenizer", "bytes", "--shard-tokens", "1"], "shard-tokens"),
-        (["demo", "--overwrite=yes"], "--overwrite"),
-    ],
-    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
-)
-def test_wrong_usage_is_exit_2(capsys, argv, word):
-    """A flag that cannot be is one line on stderr that says so, exit code 2, and nothing is written."""
-    write("big.txt", "x" * 100_000)
-    code, line = failure(capsys, *argv)
-    assert code == 2 and word in line, f"exit {code}: {line}"
-    assert not list(Path().rglob("*.bin"))
-
-
-def test_underscores_are_dashes_in_flags_and_nowhere_else():
-    """--a_b and --a-b are one flag; values, and what follows "=", keep their underscores."""
-    parser = prepare_data.Parser(prog="x")
-    parser.add_argument("--one-flag")
-    parser.add_argument("words", nargs="*")
-    assert parser.parse_args(["--one_flag=a_b--c_d"]).one_flag == "a_b--c_d"
-    options = parser.parse_args(["--one_flag", "a_b", "c_d", "--", "e_f"])
-    assert (options.one_flag, options.words) == ("a_b", ["c_d", "e_f"])
-    assert parser.parse_args(["--one-flag", "--a_b is text"]).one_flag == "--a_b is text"
-
-
-@pytest.mark.parametrize(
-    "make, word",
-    [
-        (lambda: "missing.txt", "missing.txt"),
-        (lambda: write("e.txt", ""), "empty"),
-        (lambda: write("s.txt", " \n\n"), "empty"),
-        (lambda: write("s.txt", f"{SEPARATOR}\n{SEPARATOR}\n"), "empty"),
-        (lambda: write("x.txt", b"0123456789\xffabc"), "0xff at offset 10"),
-        (lambda: write("b.txt", b"\xef\xbb\xbfab\xfe"), "0xfe at offset 5"),
-        (lambda: write("u.txt", b"caf\xc3"), "0xc3 at offset 3"),
-        (lambda: write("z.txt", b"a\0b"), "zero"),
-        (lambda: os.path.dirname(write("d/x.md", "x")), "no .txt"),
-        (lambda: os.mkfifo("p.txt") or "p.txt", "p.txt"),
-        (lambda: write("o", "file") and write("a.txt", "x"), "o"),
-    ],
-)
-def test_bad_input_is_exit_1(capsys, make, word):
-    """Text that cannot be used is one line that names it, exit code 1, and leaves no shard behind."""
-    code, line = failure(capsys, make(), "--out", "o", "--tokenizer", "bytes")
-    assert code == 1 and word in line, f"exit {code}: {line}"
-    left = [path for path in Path().rglob("*") if path.suffix in (".bin", ".part", ".tmp")]
-    assert not left and not Path("o", prepare_data.UNFINISHED).exists(), left
-
-
-def test_offset_of_a_bad_byte_is_right_in_later_blocks(capsys, monkeypatch):
-    """The offset of a byte that is not UTF-8 counts from the beginning of the file, wherever blocks were cut."""
-    monkeypatch.setattr(prepare_data, "BLOCK", 7)
-    for at in (*range(20, 30), *range(8185, 8195), 20_000):  # Python decodes 8192 bytes at a time
-        write("x.txt", ("\n" * (at % 2) + "ä" * (at // 2)).encode() + b"\xfe" + b"rest")
-        assert f"0xfe at offset {at});" in failure(capsys, "x.txt", "--out", "o", "--tokenizer", "bytes")[1]
+# ---- Foreign shards and the identity of data -------------------------------------------------------------------------
 
 
 def shard(ids, n=None, magic=20240520, version=1, order="<"):
     return struct.pack(order + "3i1012x", magic, version, len(ids) if n is None else n) + array("H", ids).tobytes()
 
 
-GOOD = list(range(100))
-BAD_SHARDS = {
-    "empty": b"",
-    "short": b"\1" * 500,
-    "header only": shard([]),
-    "odd": shard(GOOD) + b"\0",
-    "magic": shard(GOOD, magic=1),
-    "llama": shard(GOOD, magic=20240801),
-    "version": shard(GOOD, version=2),
-    "negative": shard(GOOD, n=-1),
-    "cut": shard(GOOD)[:-20],
-    "long": shard(GOOD) + bytes(20),
-    "big-endian": shard(GOOD, order=">"),
-    "raw": array("H", GOOD).tobytes() * 9,
-}
-
-
-@pytest.mark.parametrize("kind", BAD_SHARDS)
-@pytest.mark.parametrize("foreign", [True, False])
-def test_damaged_shards_are_refused(kind, foreign):
-    """Whatever is wrong with a shard, training and --check hear of it at the start, with its name and what to run."""
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(9)))
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes"])
-    if foreign:
-        Path("o/meta.json").unlink()
-    write("o/train_000000.bin", BAD_SHARDS[kind])
-    for call in (load_data, lambda folder: main(["--check", folder])):
-        with pytest.raises(UserError, match="train_000000.bin .*;.*prepare_data.py") as caught:
-            call("o")
-        assert caught.value.code == 1 and "\n" not in str(caught.value)
-
-
-def test_every_header_is_read_or_refused():
-    """300 random headers are refused, or are those of a whole shard; nothing else is raised."""
-    draw = random.Random(0)
-    for _ in range(300):
-        data = bytearray(shard(GOOD))
-        for _ in range(draw.randint(1, 3)):
-            data[draw.randrange(12)] = draw.choice([0, 1, 255, draw.randrange(256)])
-        write("t_train.bin", bytes(data[: draw.choice([len(data), draw.randrange(len(data))])]))
-        try:
-            read_shard("t_train.bin")
-            assert Path("t_train.bin").read_bytes() == shard(GOOD), data[:12]
-        except UserError:
-            pass
-
-
-@pytest.mark.parametrize(
-    "damage, word",
-    [
-        (lambda o: (o / "val_000000.bin").unlink(), "val_000000.bin is missing"),
-        (lambda o: write(o / "x_train.bin", shard(GOOD)), "x_train.bin"),
-        (lambda o: write(o / "meta.json", "{"), "meta.json is damaged"),
-        (lambda o: write(o / "meta.json", "[]"), "meta.json is damaged"),
-        (lambda o: write(o / "meta.json", "{}"), "meta.json is damaged"),
-        (lambda o: write(o / "meta.json", b"\xff"), "meta.json is damaged"),
-        (
-            lambda o: write(o / "meta.json", (o / "meta.json").read_text().replace("train_0", "../o/train_0")),
-            "/train_000000.bin",
-        ),
-        (lambda o: write(o / "train_000000.bin", shard(GOOD)), "100 tokens"),
-        (lambda o: [p.unlink() for p in o.iterdir()], "training shard"),
-        (lambda o: [p.unlink() for p in o.iterdir() if p.name[0] in "mv"], "validation shard"),
-        (lambda o: ((o / "meta.json").unlink(), write(o / prepare_data.UNFINISHED, "")), "not finished"),
-        (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir()), "missing"),
-        (lambda o: ([p.unlink() for p in o.iterdir()], o.rmdir(), write(o, "x")), "not a folder"),
-    ],
-)
-def test_damaged_folders_are_refused(damage, word):
-    """A folder that is not what meta.json says is refused with one line that says what is wrong and what to run."""
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(9)))
-    main(["a.txt", "--out", "o", "--tokenizer", "bytes"])
-    damage(Path("o"))
-    with pytest.raises(UserError) as caught:
-        load_data("o")
-    assert word in str(caught.value) and "; run: python prepare_data.py PATH --out o" in str(caught.value), caught.value
-
-
-def test_foreign_shards_are_gpt2_tokens():
-    """A folder of llm.c shards, without meta.json, is read as GPT-2 tokens; names decide about the split."""
-    for name, ids in (
-        ("fineweb_train_000001.bin", [1, 2]),
-        ("fineweb_train_000002.bin", [3]),
-        ("fineweb_val_000000.bin", [65535]),
-    ):
-        write(f"f/{name}", shard(ids))
+@pytest.mark.parametrize("train, val", [
+    ("fineweb_train_000001.bin", "fineweb_val_000000.bin"), ("train_pretrain_000000.bin", "val_pretrain_000000.bin"),
+    ("train_retrieval_000000.bin", "val_retrieval_000000.bin"), ("train_medieval-0.bin", "x.val.bin"),
+])
+def test_foreign_shards_are_gpt2_tokens_and_their_names_say_the_split(train, val):
+    """Without meta.json a folder is read as GPT-2 tokens. The split is a part of a name, not letters inside a word."""
+    write(f"f/{train}", shard([1, 2])), write(f"f/{val}", shard([65535])), write("f/notes_retrieval.bin", "not a shard")
     data = load_data("f")
     assert (data.tokenizer, data.vocab_size, data.eot, data.meta) == ("gpt2", 50257, 50256, {})
-    assert [t.tolist() for t in data.train] == [[1, 2], [3]] and [t.tolist() for t in data.val] == [[65535]]
-    assert [path.name for path in data.train_paths] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert [s.tolist() for s in data.train] == [[1, 2]] and [s.tolist() for s in data.val] == [[65535]]
+    assert [path.name for path in data.train_paths] == [train]
     with pytest.raises(UserError, match="token 65535, outside the vocabulary of 50257"):
         main(["--check", "f"])
+    with pytest.raises(UserError, match="other data"):  # and somebody's shards are not overwritten unasked
+        prepare("text", out="f")
+    write("f/train_val_0.bin", shard([1]))
+    with pytest.raises(UserError, match="both train and val"):
+        load_data("f")
 
 
-def test_foreign_shards_are_never_overwritten_unasked(capsys):
-    """Preparing into a folder of somebody's shards exits with 2 and leaves them."""
-    write("o/fineweb_train_0.bin", shard(GOOD)), write("o/fineweb_val_0.bin", shard(GOOD)), write("a.txt", "x")
-    before = contents("o")
-    assert failure(capsys, "a.txt", "--out", "o", "--tokenizer", "bytes")[0] == 2
-    assert contents("o") == before
-
-
-def test_fingerprint_names_the_data():
-    """The fingerprint is the same for the same data; it changes if a shard is swapped, renamed, dropped or added."""
+def test_the_fingerprint_names_the_data():
+    """The fingerprint stays if a folder is moved; it changes if a shard is swapped, renamed, dropped or added."""
     for folder in "abcde":
         for name, ids in (("1_train.bin", [1, 2]), ("2_train.bin", [3]), ("1_val.bin", [4])):
             write(f"{folder}/{name}", shard(ids))
     os.rename("b/2_train.bin", "b/3_train.bin"), os.remove("c/2_train.bin"), write("d/9_train.bin", shard([1]))
     prints = [load_data(folder).fingerprint for folder in "abcde"]
     assert prints[0] == prints[4] and len(set(prints)) == 4, prints
-    for folder, text in (("x", "same length"), ("y", "same lenght"), ("z", "same length")):
-        main([write(f"{folder}.txt", text), "--out", folder, "--tokenizer", "bytes"])
-    x, y, z = (load_data(folder).fingerprint for folder in "xyz")
-    assert x == z != y, "the content of a shard is not in its fingerprint"
+    prepare("same length", out="x"), prepare("same lenght", out="y"), shutil.copytree("x", "deep/er/z")
+    x, y, z = (load_data(folder).fingerprint for folder in ("x", "y", "deep/er/z"))
+    assert x == z != y, "the path is in the fingerprint of a shard, or its content is not"
 
 
 def test_check_reads_every_byte(capsys):
     """--check accepts whole data and finds any single flipped bit in a shard."""
-    main([write("a.txt", "some text"), "--out", "o", "--tokenizer", "bytes"])
+    prepare("some text")
     assert main(["--check", "o"]) == 0 and "all right" in capsys.readouterr().out
     path, data = Path("o/train_000000.bin"), Path("o/train_000000.bin").read_bytes()
     for at in (500, 1024, len(data) - 1):
-        write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert "has changed" in failure(capsys, "--check", "o")[1], f"a bit of byte {at} was flipped"
+        write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        assert "has changed" in failure(capsys, "--check", "o"), f"a bit of byte {at} was flipped"
 
 
-@pytest.mark.parametrize(
-    "raised, code, words",
-    [
-        (UserError("a\nb; c", code=2), 2, "x.py: error: a b; c\n"),
-        (KeyboardInterrupt(), 130, "x.py: error: interrupted"),
-        (OSError(28, "No space left on device", "f"), 1, "x.py: error: f: No space left"),
-        (None, 0, ""),
-    ],
-)
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [
+    "", "demo --check x", "demo --max-tokens 1", "demo --shard-tokens 0", "demo --shard-tokens 2147483648",
+    "demo --val-fraction nan", "demo --val-fraction 0", "demo --val-fraction 1", "tinystories --val-fraction 0.1",
+    "openwebtext --subsets 22", "demo --max 5", "demo --tokenizer gpt3"])
+def test_wrong_usage_is_exit_2(capsys, argv):
+    """A flag that cannot be is argparse's own error, and nothing is written."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv.split())
+    assert caught.value.code == 2 and "error: " in capsys.readouterr().err and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda: "tinystorys", "not one of demo, tinystories"),
+    (lambda: write("e.txt", ""), "empty"),
+    (lambda: write("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n"), "empty"),
+    (lambda: write("x.txt", b"0123456789\xffabc"), "0xff at offset 10"),
+    (lambda: write("b.txt", b"\xef\xbb\xbfab\xfe"), "0xfe at offset 5"),
+    (lambda: write("u.txt", b"caf\xc3"), "0xc3 at offset 3"),
+    (lambda: write("l.txt", "ä".encode() * 10_000 + b"\xfe" + b"rest"), "0xfe at offset 20000"),
+    (lambda: write("z.txt", b"a\0b"), "zero"),
+    (lambda: os.path.dirname(write("d/x.md", "x")), "no .txt"),
+    (lambda: os.mkfifo("p.txt") or "p.txt", "p.txt"),
+    (lambda: write("o", "file") and write("a.txt", "x"), "File exists: 'o'"),
+])
+def test_text_that_cannot_be_used_is_one_line(capsys, make, word):
+    """Text that cannot be used is one line that names it, exit code 1, and leaves no shard behind."""
+    line = failure(capsys, make(), "--out", "o", "--tokenizer", "bytes")
+    assert word in line, line
+    assert Path("o").is_file() or not Path("o").exists() or not contents("o")
+
+
+GOOD = list(range(100))
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\1" * 500, shard([]), shard(GOOD) + b"\0", shard(GOOD, magic=20240801), shard(GOOD, version=2),
+    shard(GOOD, n=-1), shard(GOOD)[:-20], shard(GOOD) + bytes(20), shard(GOOD, order=">"),
+], ids="empty short header odd llama version negative cut long big-endian".split())
+@pytest.mark.parametrize("foreign", [True, False])
+def test_damaged_shards_are_refused(data, foreign):
+    """Whatever is wrong with a shard, its name is said at the start, whether or not there is a meta.json."""
+    prepare(stories(9))
+    if foreign:
+        Path("o/meta.json").unlink()
+    write("o/train_000000.bin", data)
+    with pytest.raises(UserError, match="o/train_000000.bin is not a whole shard .*; make it again"):
+        load_data("o")
+
+
+@pytest.mark.parametrize("damage, word", [
+    (lambda o: (o / "val_000000.bin").unlink(), "val_000000.bin has 0 tokens"),
+    (lambda o: write(o / "x_train.bin", shard(GOOD)), "x_train.bin has 100 tokens, but 0"),
+    (lambda o: write(o / "train_000000.bin", shard(GOOD)), "train_000000.bin has 100 tokens"),
+    (lambda o: write(o / "meta.json", "{"), "meta.json is damaged"),
+    (lambda o: write(o / "meta.json", "[1]"), "meta.json is damaged"),
+    (lambda o: write(o / "meta.json", b"\xff"), "meta.json is damaged"),
+    (lambda o: write(o / "meta.json", prepare_data.UNFINISHED), "not finished"),
+    (lambda o: [p.unlink() for p in o.iterdir()], "training shard"),
+    (lambda o: [p.unlink() for p in o.iterdir() if p.name[0] in "mv"], "validation shard"),
+    (lambda o: shutil.rmtree(o), "missing"),
+    (lambda o: (shutil.rmtree(o), write(o, "x")), "not a folder"),
+])
+def test_damaged_folders_are_refused(damage, word):
+    """A folder that is not what meta.json says is refused with one line that says what is wrong and what to run."""
+    prepare(stories(9))
+    damage(Path("o"))
+    with pytest.raises(UserError) as caught:
+        load_data("o")
+    message, ours = str(caught.value), Path("o/meta.json").exists()
+    assert word in message and "; run: python prepare_data.py PATH --out o" in message, message
+    assert message.endswith(" --overwrite") == ours, f"shards that may be the user's must not be overwritten: {message}"
+
+
+@pytest.mark.parametrize("raised, code, words", [
+    (UserError("a\nb; c"), 1, "x.py: error: a b; c\n"),
+    (KeyboardInterrupt(), 130, "x.py: error: interrupted"),
+    (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left"),
+    (None, 0, ""),
+])
 def test_run_is_where_errors_are_printed(capsys, monkeypatch, raised, code, words):
     """`run` turns what main raises into an exit code and one line; a bug keeps its traceback."""
-
     def main(argv):
         if raised:
             raise raised
@@ -545,19 +351,15 @@ def test_run_is_where_errors_are_printed(capsys, monkeypatch, raised, code, word
         prepare_data.run(lambda argv: 1 / 0)
 
 
-def test_ascii_terminals_and_closed_pipes(tmp_path):
-    """A sample that stdout cannot encode is no reason to fail, and neither is a reader who has gone."""
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "| true"])
+def test_closed_streams_and_ascii_terminals_are_no_errors(streams):
+    """Where nobody listens, or cannot read the sample, the data is made all the same, without a traceback."""
     write("a.txt", "日本語 ü")
-    script = f"{sys.executable} {ROOT / 'prepare_data.py'} a.txt --tokenizer bytes --out"
-    done = subprocess.run(
-        f"{script} o; {script} o --overwrite | true",
-        shell=True,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"},
-    )
-    assert done.stderr == "" and "it begins '???" in done.stdout, (done.stdout, done.stderr)
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'prepare_data.py'} --tokenizer bytes --out o a.txt {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={
+        **os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode == 0 or "true" in streams) and done.stderr == "", (done.returncode, done.stderr)
+    assert all_tokens("o") == as_ids("日本語 ü") and ("it begins '???" in done.stdout) == (streams == "2>&-")
 
 
 # ---- Kills -----------------------------------------------------------------------------------------------------------
@@ -573,7 +375,7 @@ def attempt(argv, kill_at=None, limit=None):
         events = 0
         def hook(event, arguments):
             nonlocal events
-            if event in ("os.rename", "os.remove", "os.mkdir") or event == "open" and {out!r} in str(arguments[0]):
+            if event in ("os.rename", "os.remove", "os.mkdir") or event == "open" and "o/" in str(arguments[0]):
                 events += 1
                 if events == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -594,13 +396,9 @@ def attempt(argv, kill_at=None, limit=None):
 
 def killer(body):
     """Run `body` in a process of its own, where attempt(argv, kill_at, limit) forks a preparation and kills it."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLER.format(root=str(ROOT), out="o/") + body],
-        capture_output=True,
-        text=True,
-    )
+    script = KILLER.format(root=str(ROOT)) + body
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_write_whole_replaces_all_or_nothing():
@@ -611,75 +409,57 @@ def test_write_whole_replaces_all_or_nothing():
     assert Path("f").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("again", [False, True], ids=["fresh", "overwrite"])
-def test_killed_at_any_file_event_and_run_again_gives_the_same(again, every):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["fresh", "overwrite"])
+def test_killed_at_any_file_event_and_run_again_gives_the_same(flag, every):
     """Killed at any file event, or in a write: what is left is complete or known as unfinished, and a second run ends
-    the same. (The short run tries every third event.)
+    the same. (The short run tries every fifth event.)
     """
-    write("a.txt", f"\n{SEPARATOR}\n".join(stories(60))), write("b.txt", "what was there before")
-    argv = ["a.txt", "--out", "o", "--tokenizer", "bytes", "--shard-tokens", "2000", "--workers", "2"]
-    main(argv)
-    Path("o").rename("right")
-    main(["b.txt", "--out", "before", "--tokenizer", "bytes", "--shard-tokens", "3"])
-    print(
-        killer(f"""
-import hashlib, pathlib, shutil
+    prepare("what was there before", "--shard-tokens", "3", out="before")
+    prepare(stories(60), "--shard-tokens", "2000", out="right")
+    killer(f"""
+import pathlib, shutil
 def contents(folder):
-    return {{path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}}
-argv, right, before, killed = {argv!r}, contents("right"), contents("before"), 0
-for kill_at in range({every}, 1000, {every}):
+    return {{path.name: path.read_bytes() for path in pathlib.Path(folder).glob("*")}}
+argv = "a.txt --out o --tokenizer bytes --shard-tokens 2000".split() + {flag}
+right, before, killed = contents("right"), contents("before"), 0
+for kill_at in [*range({every}, 1000, {every}), None]:
     shutil.rmtree("o", ignore_errors=True)
-    if {again}:
+    if {flag}:
         shutil.copytree("before", "o")
-    code = attempt(argv + ["--overwrite"] * {again}, kill_at)
+    code = attempt(argv, kill_at)
     if code == 0:
         break
     assert code == -9, code
     killed += 1
+    left = {{n: d for n, d in contents("o").items() if n.endswith((".bin", ".json"))}}
     try:
-        data = prepare_data.load_data("o")
+        prepare_data.load_data("o")
     except prepare_data.UserError as error:
-        left = contents("o") if pathlib.Path("o").exists() else ()
         assert "not finished" in str(error) or not left, (kill_at, error, list(left))
     else:
-        found = {{n: d for n, d in contents("o").items() if n.endswith((".bin", ".json"))}}
-        assert found in (right, before), (kill_at, sorted(found))
-    assert attempt(argv + ["--overwrite"] * {again}) == 0, kill_at
-    assert contents("o") == right, (kill_at, sorted(contents("o")), sorted(right))
+        assert left in (right, before), (kill_at, sorted(left))
+    assert attempt(argv) == 0 and contents("o") == right, (kill_at, sorted(contents("o")), sorted(right))
 assert killed >= 15 // {every}, killed
-for limit in (1500, 4000, 9000, 21000):
+for limit in (1500, 4000, 9000):
     shutil.rmtree("o", ignore_errors=True)
-    if {again}:
+    if {flag}:
         shutil.copytree("before", "o")
-    assert attempt(argv + ["--overwrite"] * {again}, limit=limit) == -25, limit
-    for path in pathlib.Path("o").glob("*.bin"):
-        prepare_data.read_shard(path)
-    assert attempt(argv + ["--overwrite"] * {again}) == 0 and contents("o") == right, limit
-print(killed, "kills")
+    assert attempt(argv, limit=limit) == -25, limit
+    assert attempt(argv) == 0 and contents("o") == right, limit
 """)
-    )
 
 
 @pytest.mark.slow
-def test_memory_is_bounded():
-    """200 MB of text, in one line or in many documents, is prepared in less than 500 MB of memory."""
+def test_memory_is_constant():
+    """50 MB of text, in one line or in many documents, is prepared with 150 MB of private memory."""
     words = " ".join(stories(2000)).replace("\n", " ")
     for name, text in (("line.txt", words + " "), ("lines.txt", f"{words[:5000]}\n{SEPARATOR}\n")):
         with open(name, "w", encoding="utf-8") as file:
-            for _ in range(int(200e6 / len(text.encode()))):
+            for _ in range(int(50e6 / len(text.encode()))):
                 file.write(text)
-        script = (
-            "import re, sys, prepare_data; prepare_data.main(sys.argv[1:]);"  # ru_maxrss would count our own peak
-            "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, name, "--tokenizer", "bytes", "--out", name + ".out", "--workers", "4"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+        script = ("import resource, sys, threading, prepare_data; threading.stack_size(1 << 20);"
+                  "resource.setrlimit(resource.RLIMIT_DATA, (150 << 20,) * 2); prepare_data.main(sys.argv[1:])")
+        done = subprocess.run([sys.executable, "-c", script, name, "--tokenizer", "bytes", "--out", name + ".out"],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr
-        megabytes = int(done.stdout.split()[-1])
-        print(name, megabytes, "MB")
-        assert megabytes < 500, f"{name}: {megabytes} MB"
