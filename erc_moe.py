@@ -4,21 +4,22 @@ In a Mixture of Experts, a *router* sends every token to K of n *experts*. The r
 expert. Each expert is a small feed-forward network. Nothing ties the two together: R never sees the experts' weights,
 so a token may well be sent to an expert that is not good at it. The ERC loss ties them, in three steps.
 
-  1. Perturb.  Read row R[i] as the centre of the cluster of tokens that are sent to expert i. It is a *proxy token* for
-               them. Noise of at most half the distance to the nearest other row makes it stand for the whole cluster:
+  1. Perturb.  Row R[i] is the centre of the cluster of tokens that are sent to expert i, and so a *proxy token* for
+               them. Noise lets the proxy stand for the cluster and not only for its centre. The noise moves it by at
+               most half the distance to the nearest other row:
                R~[i] = R[i] * delta_i,  delta_i ~ Uniform(1 - epsilon_i, 1 + epsilon_i)^d
   2. Probe.    Show every proxy to every expert. Measure how strongly the expert's gate matrix W_g responds:
                M[i, j] = || R~[i] W_g[j] ||
-  3. Hinge.    Expert i must respond to proxy i more than any other expert does, which is row i of M, and more than it
-               responds to any other proxy, which is column i of M. Smaller alpha is stricter:
-               L = 1/n^2 sum_i sum_{j != i} ( max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0) )
+  3. Hinge.    Row i of M: no other expert may respond to proxy i more than expert i does. Column i of M: expert i may
+               respond to no other proxy more than to its own. alpha sets how much more; smaller is stricter:
+               loss = 1/n^2 sum_i sum_{j != i} max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0)
 
 The loss is a function of the weights alone. It costs n^2 small products per layer, whatever the batch, once per
 optimizer step, and nothing at inference. Its gradient reaches R and every W_g, and no other parameter.
 
 Source: "Coupling Experts and Routers in Mixture-of-Experts via an Auxiliary Loss", Lv et al., ICLR 2026, arXiv
-2512.23447. The transformer around the loss is OLMoE (arXiv 2409.02060) in small, as in the paper. Left out on purpose:
-shared experts, capacity limits, a key-value cache, expert parallelism.
+2512.23447. The transformer around the loss is a small OLMoE (arXiv 2409.02060), as in the paper. Left out on purpose:
+shared experts, capacity limits, a key-value cache, expert parallelism. Needs torch 2.11 or newer.
 
 One letter, one size, everywhere in this file:
   B batch   T tokens in a sequence   N = B*T tokens   V vocabulary   L layers   H heads
@@ -44,24 +45,21 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.no_grad()  # a constant of the loss: with a gradient, rows would move only to change their noise
+@torch.no_grad()  # a constant of the loss: with a gradient, rows would also move to make their own noise smaller
 def noise_bound(R):
-    """How far noise may move each router row, relative to the row's length.  R [n, d] -> epsilon [n], section 3.2.
-
-    epsilon is 0 for a single row and for a row of zeros.
-    """
+    """How far noise may move each router row, relative to the row's length.  R [n, d] -> epsilon [n], section 3.2."""
     R = at_least_float32(R)
     # Without a matrix product: it would lose the small distance between two long, nearly equal rows.
     distance = torch.cdist(R, R, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))     # (n, n)
     # epsilon_i = min_{j != i} ||R[i] - R[j]|| / (2 ||R[i]||)                                      (equation 4)
     epsilon = distance.amin(dim=1) / (2 * torch.linalg.vector_norm(R, dim=1))          # (n,)
-    return epsilon.nan_to_num(nan=0.0, posinf=0.0)
+    return epsilon.nan_to_num(nan=0.0, posinf=0.0)  # 0 for a single row, and for a row of zeros
 
 
 def perturb(R, epsilon, generator=None):
-    """Step 1: R [n, d], epsilon [n] -> proxies [n, d].  One factor per feature; one per row would only rescale it.
+    """Step 1: R [n, d], epsilon [n] -> proxies [n, d].  The gradient reaches R through the product.
 
-    The gradient reaches R through the product. `generator` must be on R's device.
+    One factor per feature: a single factor per row would not change its direction. `generator` must be on R's device.
     """
     R = at_least_float32(R)
     # R~[i] = R[i] * delta_i,  delta_i ~ Uniform(1 - epsilon_i, 1 + epsilon_i)^d
@@ -70,9 +68,9 @@ def perturb(R, epsilon, generator=None):
 
 
 def activation_norms(R, W_g):
-    """Step 2: R [n, d], W_g [n, d, D] -> M [n, n], in float32 at least, also under autocast.
+    """Step 2: R [n, d], W_g [n, d, D] -> M [n, n], with row i for proxy i and column j for expert j.
 
-    Row i belongs to proxy i, column j to expert j.
+    W_g[j] is expert j's gate matrix, whose output enters the activation. Float32 at least, also under autocast.
     """
     with torch.autocast(R.device.type, enabled=False):  # bfloat16 keeps 8 bits: too few to compare norms that are close
         R, W_g = at_least_float32(R), at_least_float32(W_g)
@@ -82,10 +80,10 @@ def activation_norms(R, W_g):
 
 
 def coupling_hinge(M, alpha=1.0):
-    """Step 3: M [n, n] -> scalar >= 0. It is 0 where no off-diagonal entry exceeds alpha times its diagonal entries."""
+    """Step 3: M [n, n] -> scalar >= 0.  0 if no entry exceeds alpha times the diagonal entry of its row or column."""
     n = len(M)
     bound = alpha * M.diagonal()                                                       # (n,)
-    # L = 1/n^2 sum_i sum_{j != i} ( max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0) )  (equation 3)
+    # loss = 1/n^2 sum_i sum_{j != i} max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0)   (equation 3)
     row = torch.relu(M - bound[:, None])                                               # (n, n)
     column = torch.relu(M - bound[None, :])                                            # (n, n): i and j swapped
     diagonal = torch.eye(n, dtype=torch.bool, device=M.device)
@@ -93,14 +91,16 @@ def coupling_hinge(M, alpha=1.0):
 
 
 def erc_loss(R, W_g, alpha=1.0, generator=None):
-    """The ERC loss of one MoE layer.  R [n, d], W_g [n, d, D] with expert j = W_g[j] -> scalar >= 0.
+    """The ERC loss of one MoE layer.  R [n, d], W_g [n, d, D] -> scalar >= 0.
 
-    Add it once per optimizer step, outside of any loss scaling. Raises ValueError for other shapes.
+    R scores tokens by x R^T, as the weight of Linear(d, n) does. From a list of experts with a Linear gate_proj, W_g is
+    torch.stack([expert.gate_proj.weight.T for expert in experts]). Backpropagate once per optimizer step, after the
+    micro-batches, and after unscale_ if there is a GradScaler. Raises ValueError for other shapes.
     """
     if R.ndim != 2 or W_g.ndim != 3 or W_g.shape[:2] != R.shape:
-        raise ValueError(f"erc_loss wants R [n, d] and W_g [n, d, D], got {list(R.shape)} and {list(W_g.shape)}; W_g"
-                         " stored as [n, D, d] wants .transpose(1, 2), a router [d, n] wants .T; of a fused tensor, W_g"
-                         " is the part whose output enters the activation")
+        raise ValueError(f"erc_loss needs R [n, d] and W_g [n, d, D], got {list(R.shape)} and {list(W_g.shape)}; if W_g"
+                         " is stored as [n, D, d], pass .transpose(1, 2), and .T of a router [d, n]; of a fused tensor,"
+                         " pass the part whose output enters the activation")
     proxies = perturb(R, noise_bound(R), generator)                                    # (n, d)
     return coupling_hinge(activation_norms(proxies, W_g), alpha)
 
@@ -109,8 +109,8 @@ def erc_loss(R, W_g, alpha=1.0, generator=None):
 def coupling_report(M, alpha=1.0):
     """What to watch beside the loss.  M [n, n] -> (violated, coupling), two scalar tensors.
 
-    violated: share of the 2n(n-1) constraints of step 3 that M breaks; NaN breaks them. coupling: mean diagonal / mean
-    off-diagonal entry, about 1 at random weights. A common scale of the weights changes neither.
+    violated: share of the 2n(n-1) constraints of step 3 that M breaks. NaN counts as broken. coupling: mean diagonal /
+    mean off-diagonal entry, about 1 at random weights. A common scale of the weights changes neither.
     """
     n, own = len(M), M.diagonal()
     off = ~torch.eye(n, dtype=torch.bool, device=M.device)                             # (n, n)
@@ -144,12 +144,12 @@ class MoEConfig:
     rope_theta: float = setting(10000.0, "base of the rotary position embedding")
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
     tie_embeddings: bool = setting(False, "use one matrix for token embedding and output")
-    init_std: float = setting(0.02, "standard deviation of the initial weights")
+    init_std: float = setting(0.02, "standard deviation of initial weights; embedding and output start at 0.02")
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k must be from 1 to n_experts {self.n_experts}, got {self.top_k}")
-        if self.d_model % 8 or self.d_expert % 8:  # the grouped product wants rows of 16 bytes, which is 8 in bfloat16
+        if self.d_model % 8 or self.d_expert % 8:  # grouped_mm needs rows of a multiple of 16 bytes: 8 bfloat16
             raise ValueError(f"d_model {self.d_model} and d_expert {self.d_expert} must be multiples of 8")
         if self.d_model % (2 * self.n_heads):  # rotary embedding turns pairs of features
             raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads of even width")
@@ -161,8 +161,8 @@ class MoEConfig:
 def balance_loss(probs, load):
     """n * sum_i f_i P_i (Switch Transformer, arXiv 2101.03961).  probs [N, n], load [n] -> scalar; 1.0 when balanced.
 
-    f_i is expert i's share of the N*K rows, P_i its share of all probability. Shares sum to 1, so that neither K nor
-    the scale of the scores matters.
+    f_i is expert i's share of the N*K pairs of a token and one of its experts, P_i its share of all probability. Both
+    sum to 1, so that neither K nor the scale of the scores matters.
     """
     f, P = load / load.sum(), probs.sum(dim=0) / probs.sum()                           # (n,), (n,)
     return len(f) * (f * P).sum()
@@ -174,11 +174,11 @@ def z_loss(logits):
 
 
 class MoEStats(NamedTuple):
-    """What a MoE layer reports beside its output. Nothing is weighted yet: that is the trainer's business."""
+    """What a MoE layer reports beside its output. The trainer multiplies by the weights of the losses."""
 
     balance: torch.Tensor  # scalar, 1.0 when perfectly balanced
     z: torch.Tensor        # scalar
-    load: torch.Tensor     # (n,) how many of the N*K rows each expert got
+    load: torch.Tensor     # (n,) how many of the N*K pairs of token and expert each expert got
 
 
 def parameter(*shape, std):
@@ -187,7 +187,7 @@ def parameter(*shape, std):
 
 
 class MoE(nn.Module):
-    """A layer of n SwiGLU experts. Each token uses the K experts that the router R scores highest. None is dropped.
+    """A layer of n SwiGLU experts. Each token uses the K experts that the router R scores highest; no token is dropped.
 
     forward: x [B, T, d] -> (output [B, T, d], MoEStats). The experts work in the autocast type, or else in x's.
     """
@@ -199,16 +199,16 @@ class MoE(nn.Module):
         self.R = parameter(n, d, std=std)
         self.W_g = parameter(n, d, D, std=std)
         self.W_p = parameter(n, d, D, std=std)
-        # 2L layers add to the residual stream. The factor keeps its variance from growing with L, as in GPT-2.
+        # 2L outputs are added to the residual stream. The factor keeps its variance from growing with L, as in GPT-2.
         self.W_o = parameter(n, D, d, std=std * (2 * config.n_layers) ** -0.5)
 
     def route(self, x):
-        """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K]; always with the clean R.
+        """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K].  Without noise, which is the loss's.
 
-        The place for another router. The ERC loss asks that R [n, d] scores tokens by x R^T. balance_loss takes any
-        scores above 0, z_loss only the logits of a softmax: with a sigmoid, leave the z-loss out.
+        To try another router, change this function. The ERC loss needs an R [n, d] that scores tokens by x R^T.
+        balance_loss takes any scores above 0. z_loss takes logits of a softmax: with a sigmoid router, leave it out.
         """
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16, close experts would tie or swap places
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16, experts with close scores would tie
             logits = at_least_float32(x) @ at_least_float32(self.R).T                  # (N, n)
             probs = logits.softmax(dim=-1)                                             # (N, n)
             weights, experts = probs.topk(self.top_k, dim=-1)                          # (N, K), (N, K)
@@ -221,19 +221,19 @@ class MoE(nn.Module):
         x = x.reshape(-1, d)                                                           # (N, d)
         logits, probs, weights, experts = self.route(x)
 
-        # Each token is a row for each of its K experts. Sorted by expert, every expert's rows lie side by side.
+        # Each token becomes K rows, one for each of its experts. Sorted by expert, the rows of an expert are adjacent.
         expert, order = experts.flatten().sort(stable=True)                            # (N*K,), (N*K,)
         token = order // self.top_k                                                    # (N*K,) which token is in a row
         numbers = torch.arange(len(self.R), device=x.device)                           # (n,)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) where expert j's rows end
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) end of expert j's rows
         load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
 
-        # (SiLU(x W_g) * (x W_p)) W_o, each expert on its own rows. The grouped product knows no autocast, so we cast.
+        # SiLU(x W_g) * (x W_p), then W_o, each expert on its own rows. grouped_mm ignores autocast, so we cast.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
         rows = x.to(dtype).index_select(0, token)                                      # (N*K, d)
         h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)    # (N*K, D)
-        h = h * weights.flatten().index_select(0, order)[:, None].to(dtype)  # W_o is linear, so before it will do
+        h = h * weights.flatten().index_select(0, order)[:, None].to(dtype)  # before W_o, which is linear
         y = F.grouped_mm(h, W_o, offs=ends)                                            # (N*K, d)
 
         # A token's output is the sum of its K rows.
@@ -368,8 +368,8 @@ class MoETransformer(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=1.0, generator=None, stop=None, vocab_size=None):
         """Continues tokens [B, T >= 1] by up to max_new_tokens -> [B, T + new].
 
-        Temperature 0 takes the likeliest token. It ends early once every sequence has drawn `stop`. Ids from
-        vocab_size on, which only pad the vocabulary, are never drawn.
+        Temperature 0 takes the likeliest token. Ends early once every sequence has drawn `stop`; until then those that
+        did go on, too. Ids from vocab_size on, which only pad the vocabulary, are never drawn.
         """
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)        # (B,)
         for _ in range(max_new_tokens):
@@ -392,8 +392,8 @@ def heat_map(M):
 
 
 if __name__ == "__main__":
-    # The loss at work on random weights, without any data. At first half of all constraints are broken. After 60 steps
-    # of Adam, the diagonal of M is the largest entry of its row and column. M is shown without noise.
+    # The loss at work on random weights, without any data. At first, half of all constraints are broken. After 60 steps
+    # of Adam, each diagonal entry of M is the largest of its row and column. M is shown without noise.
     torch.manual_seed(0)
     R, W_g = parameter(8, 64, std=64**-0.5), parameter(8, 64, 32, std=64**-0.5)
     optimizer = torch.optim.Adam([R, W_g], lr=3e-3)

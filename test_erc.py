@@ -298,8 +298,8 @@ def test_wrong_shapes_are_refused_with_the_numbers_and_the_fix(erc):
     """Weights stored as [n, D, d], a transposed router, another number of experts: ValueError that says what it got."""
     R, W_g = weights()
     for arguments, said in [
-        ((R, W_g.transpose(1, 2)), r"\[5, 7, 12\].*wants .transpose"),
-        ((R.T, W_g), r"\[12, 5\].*router \[d, n\] wants .T"),
+        ((R, W_g.transpose(1, 2)), r"\[5, 7, 12\].*pass .transpose"),
+        ((R.T, W_g), r"\[12, 5\].*\.T of a router \[d, n\]"),
         ((R, W_g[:-1]), r"\[5, 12\] and \[4, 12, 7\]"),
         ((R[0], W_g), r"\[12\]"),
     ]:
@@ -383,7 +383,7 @@ MISTAKES = {
         "amin(dim=1) / (2 * torch.linalg", "amin(dim=1) / (torch.linalg",
         test_epsilon_is_half_the_relative_distance_to_the_nearest_other_row),
     "a gradient through epsilon": (
-        "@torch.no_grad()  # a constant of the loss", "# a constant of the loss",
+        "@torch.no_grad()  # a constant", "# a constant",
         test_epsilon_is_half_the_relative_distance_to_the_nearest_other_row),
     "M transposed": (
         "(response, dim=-1).T", "(response, dim=-1)", test_M_ij_is_the_response_of_expert_j_to_proxy_i),
