@@ -1,35 +1,33 @@
 """The ERC loss in someone else's model: the whole recipe, for Mixture-of-Experts models of Hugging Face's transformers.
 
-    python experiments/couple.py        # couples a small random OLMoE, in seconds; needs the package transformers
+    python experiments/couple.py                          # couples a small random OLMoE, in seconds
+    python experiments/couple.py report FOLDER_OR_NAME    # how coupled is this checkpoint?
+
+Both need the package transformers. experiments/results/families.md lists the model families that are understood.
 
 For your own loop copy, below `import re` and `import torch`, the block of erc_moe.py between its two paste lines, and
-this file from KNOWN to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
+this file from ROUTER to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
 per optimizer step, where `training_step` does. What can go wrong:
 
-* Gradient accumulation. The loss is one of the weights, not of tokens: added in every micro-batch it counts too much,
-  added once but divided by their number too little. Add it once, undivided, after the last of them.
+* Gradient accumulation. The loss is one of the weights, not of tokens. Add it once, undivided, after the last
+  micro-batch. A loop with several optimizer.step() needs it before each of them.
 * GradScaler. Its factor is on the gradients until scaler.unscale_(optimizer). Add after that, and before clipping.
-* Autocast. Norms that lie close together tie in bfloat16. erc_loss computes in float32 even inside autocast, but its
-  backward, called inside, does not: stay outside. (`add_erc_gradient` sees to it.)
-* DDP. It averages gradients within backward; what comes later is averaged by no one. So add it after the last backward,
-  on every process, with the same noise: then all add the same. Hence the noise comes from `step`, and not from torch's
-  global stream, which dropout reads too, and which differs between processes.
-* FSDP. fully_shard leaves slices of the weights outside of forward; they are gathered here, a layer at a time, on all
-  processes at once: `coupling` too must run on each, even if only one prints. Tested with two processes on CPU. Not
-  tested: the older FullyShardedDataParallel (its slices are refused for their shape), tensor and expert parallelism,
-  DeepSpeed (which keeps gradients elsewhere than in .grad).
+* DDP. It averages gradients within backward; what comes later is averaged by no one. Add it after the last backward, on
+  every process, with the same noise. Hence the noise comes from `step` and not from torch's global stream.
+* FSDP2, tensor and expert parallelism. Weights are DTensors, of which each process holds a slice. full_tensor() gathers
+  R and W_g here, a layer at a time, on all processes at once: `coupling` too must run on each. Not tested: the older
+  FullyShardedDataParallel, whose slices are refused, and DeepSpeed.
+* Pipeline parallel. The mean is over the layers of the whole model: on a stage, weight is own layers / all layers.
 * Trainer. The place is on_pre_optimizer_step(args, state, control, model, **_) of a callback, with state.global_step as
-  `step`. Clipping is over by then; in float16, max_grad_norm must be above 0, for without clipping nothing unscales
-  the gradients before that place. (Tried once by hand, not in the tests; float16 not at all.)
+  `step`. Clipping is over by then; in float16, max_grad_norm must be above 0, or nothing has unscaled the gradients.
 * Evaluation. Leave it out there: with its noise, the validation loss would be random. `coupling` has none.
-* Frozen weights. A layer learns what may be trained, router or gate; if nothing may, that is an error. LoRA leaves both
-  frozen and renames them: an error as well.
-* Gate or up. The paper probes the gate matrix alone, the one under the activation: in fused weights the first half.
-* Transposed. `erc_loss` wants W_g[j] as [d, D], and Linear layers hold [D, d]. Where d = D, its check cannot tell.
-* Maps before the experts. If tokens are projected or normalised between router and experts, the proxies must be too. In
-  the models named below they are not; a layer with a weight that is not known here is an error.
+* Frozen weights. A layer learns what may be trained, router or gate. LoRA freezes and renames both: an error.
+* Biases. They have no part in the loss. Where a router has one, tokens follow R only in part.
+* Maps before the experts. Where tokens are projected or normalised between router and experts, the proxies must be too.
+  A layer that does so is refused, as is every layer with a tensor that is not known here.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -38,73 +36,115 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erc_moe.py li
 
 import torch
 
-from erc_moe import activation_norms, coupling_hinge, coupling_report, erc_loss
+from erc_moe import activation_norms, coupling_hinge, coupling_report, erc_loss, noise_bound
 
-# All the tensors that a MoE layer may hold. OLMoE, Qwen2-MoE, Qwen3-MoE and Mixtral hand router and experts the same
-# tokens (read in the code of transformers 5.23; Mixtral can jitter them in training, but before both). Some forty
-# others there, DeepSeek-V3 and Granite among them, have the same tensors, and nothing in between either.
-KNOWN = re.compile(r"(gate|router)\.weight"                                          # R [n, d]
-                   r"|experts\.(gate_up_proj|down_proj)"                             # fused: [n, 2D, d] and [n, d, D]
-                   r"|experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"  # a list, as before version 5
-                   r"|((gate|router)\.)?(e_score_correction|expert)_bias"            # evens out the choice of experts
-                   r"|shared_.*")                                                    # sees all tokens: has no proxy
-LISTED_GATE = re.compile(r"experts\.\d+\.(gate_proj|w1)\.weight")                    # [D, d]
+# The tensors that a MoE layer may hold, by their names in transformers 5. In all layers with these names, but for those
+# in REFUSED, router and experts see the same tokens. (Mixtral can jitter them in training, but before both.)
+ROUTER = re.compile(r"(gate|router)\.((gate|wg|layer|classifier)\.)?weight")       # R [n, d]
+LISTED = re.compile(r"experts\.(expert_)?\d+\.(gate_proj|w1|wi)\.weight")          # n gate matrices [D, d]
+FUSED = {"experts.gate_up_proj": ("experts.down_proj", 2),                         # [n, 2D, d] and [n, d, D]
+         "input_linear.weight": ("output_linear.weight", 2),                       # the same
+         "experts.up_proj": ("experts.down_proj", 1)}                              # [n, D, d] and [n, d, D]: no gate
+FLAT = "experts.mlp.w1"                                                            # [nD, d]
+OTHERS = re.compile(r"experts\.((expert_)?\d+\.)?(up_proj|down_proj|w2|w3|wo)(\.weight)?|experts\.mlp\.(v1|w2)"
+                    r"|output_linear\.weight|(.*[._])?bias|(gate\.)?moe_statics\..*|gate\.global_scale"
+                    r"|shared_(expert|experts|mlp)(_gate)?\..*"                    # sees all tokens: has no proxy
+                    r"|post_mlp_layernorm\.weight")                                # behind the experts
+MAPPED = ("where f maps tokens on the way to the experts, the loss is"
+          " coupling_hinge(activation_norms(f(perturb(R, noise_bound(R))), W_g))")
+REFUSED = {  # class -> why its R and W_g cannot be coupled as they are
+    **dict.fromkeys(["Gemma4TextDecoderLayer", "DiffusionGemmaDecoderTextLayer", "DiffusionGemmaEncoderTextLayer"],
+                    f"R is router.proj.weight * router.scale, and f is pre_feedforward_layernorm_2; {MAPPED}"),
+    "DogeCDMoE": "product keys choose the experts, and R has no row for each",
+    "Llama4TextMoe": "it scales tokens by their score before the experts",
+    "MuseSparkMoE": f"f is pre_expert_proj, then pre_expert_norm; {MAPPED}",
+    "NllbMoeSparseMLP": "transformers 5.23 sends all tokens to experts 0 and 1, whatever R says",
+    "VitPoseBackboneMoeMLP": "the caller chooses the expert: there is no R",
+    "ZayaSparseMoeBlock": "an MLP chooses the experts, and R has no row for each",
+}
 
 
-def moe_layers(model):
-    """name -> module, of all modules with a child named experts. Raises ValueError where there is none."""
-    layers = {name or "the model": module for name, module in model.named_modules()
-              if "experts" in dict(module.named_children())}
+def moe_layers(model, where=""):
+    """name -> module, of the modules with experts whose name holds a match of the regular expression `where`.
+
+    Raises ValueError where there is none, and for one whose class is in REFUSED.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        children, kind = dict(module.named_children()), type(module).__name__
+        if "attention" in name or not re.search(where, name):  # (experts of attention have no activation)
+            continue
+        if kind in REFUSED:
+            raise ValueError(f"{name}, a {kind}, cannot be coupled as it is: {REFUSED[kind]}")
+        if "experts" in children or {"router", "input_linear"} <= children.keys():
+            layers[name or "the model"] = module
     if not layers:
         raise ValueError(f"{type(model).__name__} has no module with experts; hand your R and W_g to erc_loss yourself")
     return layers
 
 
-def gate_matrices(held, n, d):
-    """The gate matrices among the tensors of a layer, as they are stored: [n, D, d]. None where shapes are others."""
-    if "experts.gate_up_proj" in held:
-        both, D = held["experts.gate_up_proj"], held["experts.down_proj"].size(-1)
-        # (Half of both.size(1) would not do for D: where 2D = d, weights stored as [n, d, 2D] would pass.)
-        return both[:, :D] if both.shape == (n, 2 * D, d) else None
-    listed = [tensor for name, tensor in held.items() if LISTED_GATE.fullmatch(name)]
-    fit = len(listed) == n and all(tensor.shape == (listed[0].size(0), d) for tensor in listed)
-    return torch.stack(listed) if fit else None
+def whole(tensor):
+    """All values of a DTensor, of which each process holds a slice; another tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def routers_and_gates(model):
-    """Yields (R [n, d], W_g [n, d, D]) of each MoE layer.
+def gate_matrices(held, experts, R):
+    """W_g [n, d, D] of the tensors that a layer holds: x W_g[j] enters the activation. None where shapes do not fit."""
+    if listed := [whole(tensor) for name, tensor in held.items() if LISTED.fullmatch(name)]:
+        return torch.stack(listed).mT if all(W.shape == (len(listed[0]), R.size(1)) for W in listed) else None
+    if FLAT in held:
+        return whole(held[FLAT]).unflatten(0, (len(R), -1)).mT
+    for name, (down_name, parts) in FUSED.items():
+        if name in held and down_name in held:
+            W, down = whole(held[name]), held[down_name]
+            if getattr(experts, "is_transposed", False):  # transformers states it; where 2D = d no shape tells
+                W, down = W.mT, down.mT
+            n, D = down.size(0), down.size(-1)
+            if W.shape[1:] != (parts * D, R.size(1)):
+                return None
+            return (W[:n, :D] if getattr(experts, "is_concatenated", True) else W[:n, ::2]).mT
+
+
+def router_and_gates(name, layer):
+    """(R [n, d], W_g [n, d, D]) of a MoE layer.
 
     They are the parameters, or views of them (a list of experts is stacked, which copies): gradients reach them. Shared
-    experts are not among them. Raises ValueError, with the layer's name, for a layer that is not understood.
+    and identity experts are not among them. Raises ValueError, with the layer's name, where they are not understood.
     """
-    whole = lambda weight: weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of fully_shard's slices
-    for name, layer in moe_layers(model).items():
-        held = {tensor.replace("_orig_mod.", ""): value  # (what torch.compile calls the module that it wraps)
-                for tensor, value in [*layer.named_parameters(), *layer.named_buffers()]}
-        if unknown := [tensor for tensor in held if not KNOWN.fullmatch(tensor)]:
-            raise ValueError(f"{name} holds {unknown[0]}, which is not known here; if tokens pass through it on the way"
-                             " to the experts, send the proxies through it, and call erc_loss yourself (a bias has no"
-                             " part in the loss)")
-        routers = [held[router] for router in ("gate.weight", "router.weight") if router in held]
-        W_g = gate_matrices(held, *routers[0].shape) if [R.ndim for R in routers] == [2] else None
-        if W_g is None:
-            shapes = [f"{tensor} {list(held[tensor].shape)}" for tensor in held if not tensor.startswith("shared_")][:3]
-            raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d], but has"
-                             f" {', '.join(shapes)}; transpose or gather them, and call erc_loss yourself")
-        yield whole(routers[0]), whole(W_g).transpose(1, 2)                            # (n, d), (n, d, D)
+    held = {tensor.replace("_orig_mod.", ""): value  # (what torch.compile calls the module that it wraps)
+            for tensor, value in [*layer.named_parameters(), *layer.named_buffers()]}
+    if packed := [tensor for tensor, value in held.items() if value.dtype.itemsize == 1]:
+        raise ValueError(f"{name} holds {packed[0]} in {held[packed[0]].dtype}; load the model dequantized")
+    routers = [tensor for tensor in held if ROUTER.fullmatch(tensor)]
+    if unknown := [tensor for tensor in held if tensor not in (FLAT, *FUSED, *routers)
+                   and not LISTED.fullmatch(tensor) and not OTHERS.fullmatch(tensor)]:
+        maybe = "" if routers else "; no router was found, and one of them may be it"
+        raise ValueError(f"{name} holds {', '.join(unknown)}, not known here{maybe}; call erc_loss yourself; {MAPPED}")
+    R, W_g, rest = whole(held[routers[0]]) if len(routers) == 1 else None, None, 0
+    if R is not None and R.ndim == 2:
+        experts, router = getattr(layer, "experts", layer), layer.get_submodule(routers[0].split(".")[0])
+        W_g = gate_matrices(held, experts, R)
+        rest = getattr(experts, "zero_expert_num", 0) + getattr(router, "n_shared_experts", 0)  # R's last rows
+    if W_g is None or len(R) != len(W_g) + rest:
+        shapes = [f"{tensor} {list(held[tensor].shape)}" for tensor in held if not tensor.startswith("shared_")][:3]
+        raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d], but has {', '.join(shapes)};"
+                         " transpose or gather them, and call erc_loss yourself")
+    return R[:len(W_g)], W_g
 
 
-def add_erc_gradient(model, step, weight=1.0, alpha=1.0):
+def add_erc_gradient(model, step, weight=1.0, alpha=1.0, where=""):
     """Adds the gradient of weight * ERC loss -> the ERC loss [], mean over layers; a tensor, so that nothing waits.
 
     Once per optimizer step, after the last backward and scaler.unscale_, before clipping. Its noise depends on `step`
-    and on the layer, and on nothing else. Raises ValueError where nothing can be trained, and as the above do.
+    and on the layer, and on nothing else. `where` picks layers by their names: r"^(?!.*vision)" leaves a vision tower
+    out. Raises ValueError where nothing can be trained, and as the above do.
     """
-    layers, losses = len(moe_layers(model)), []
-    for i, (R, W_g) in enumerate(routers_and_gates(model)):  # layer by layer: only one's n * n responses [D] are alive
-        noise = torch.Generator(R.device).manual_seed(int(step) * layers + i)
+    layers, losses = moe_layers(model, where), []
+    for i, (name, layer) in enumerate(layers.items()):  # one by one: only one's n * n responses [D] are alive
+        R, W_g = router_and_gates(name, layer)
+        noise = torch.Generator(R.device).manual_seed(int(step) * len(layers) + i)
         with torch.autocast(R.device.type, enabled=False):  # else the caller's autocast would be that of backward
-            losses.append(erc_loss(R, W_g, alpha, generator=noise) / layers)
+            losses.append(erc_loss(R, W_g, alpha, generator=noise) / len(layers))
             if losses[-1].requires_grad:  # a frozen layer counts in the mean, and learns nothing
                 (weight * losses[-1]).backward()
     if not any(loss.requires_grad for loss in losses):
@@ -113,11 +153,11 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0):
 
 
 @torch.no_grad()
-def coupling(model, alpha=1.0):
+def coupling(model, alpha=1.0, where=""):
     """What to log: (ERC loss without noise, violated, coupling), three floats, means over layers."""
     rows = []
-    for R, W_g in routers_and_gates(model):
-        M = activation_norms(R, W_g)                                                   # (n, n)
+    for name, layer in moe_layers(model, where).items():
+        M = activation_norms(*router_and_gates(name, layer))                           # (n, n)
         rows.append([coupling_hinge(M, alpha).item(), *(value.item() for value in coupling_report(M, alpha))])
     return [sum(column) / len(rows) for column in zip(*rows)]
 
@@ -136,11 +176,10 @@ def training_step(model, optimizer, scaler, micro_batches, step, clip=1.0):
     scaler.update()
 
 
-def main():
-    try:
-        from transformers import OlmoeConfig, OlmoeForCausalLM
-    except ImportError:
-        sys.exit("couple.py: error: the demonstration needs a package: pip install transformers")
+def demonstration():
+    """Couples a small random OLMoE, and prints how the loss falls."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
     torch.manual_seed(0)
     model = OlmoeForCausalLM(OlmoeConfig(
         vocab_size=256, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -153,6 +192,88 @@ def main():
             erc, violated, ratio = coupling(model)
             print(f"{step:5d}  {erc:.5f}  {violated:8.1%}  {ratio:8.2f}")
         training_step(model, optimizer, scaler, [torch.randint(256, (4, 32)) for _ in range(4)], step)
+
+
+def open_checkpoint(source, where=""):
+    """A checkpoint in safetensors -> (its MoE layers, still without weights; a function that loads one of them).
+
+    source: a folder, or a name on Hugging Face's hub. Names and layouts in files are transformers' business: it builds
+    the model without weights, and converts what is read. Raises OSError or ValueError, with the reason.
+    """
+    from huggingface_hub import snapshot_download
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    folder, slices = Path(source), {}
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
+        slices |= {saved: opened.get_slice(saved) for saved in opened.keys()}
+    steps, names = get_model_conversion_mapping(model), model.state_dict()
+    renaming = [step for step in steps if isinstance(step, WeightRenaming)]
+    converting = [step for step in steps if not isinstance(step, WeightRenaming)]
+    target = {saved: rename_source_key(saved, renaming, converting, model.base_model_prefix, names)[0]
+              for saved in slices}
+
+    def load(name, layer):
+        own = {saved: slices[saved] for saved in slices if target[saved].startswith(f"{name}.")}
+        if packed := [saved for saved in own if slices[saved].get_dtype().startswith(("F8", "I8", "U8"))]:
+            raise ValueError(f"{packed[0]} is stored in 8 bits or less; save the model dequantized")
+        convert_and_load_state_dict_in_model(model, own, LoadStateDictConfig(weight_mapping=steps))
+        if lacking := [weight for weight, value in layer.named_parameters() if value.is_meta]:
+            raise ValueError(f"{folder} lacks {name}.{lacking[0]}, or holds it in another shape")
+
+    return moe_layers(model, where), load
+
+
+@torch.no_grad()
+def report(source, where=""):
+    """Prints a line for each MoE layer of a checkpoint, from its clean M; one layer is in memory at a time."""
+    from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    layers, load = open_checkpoint(source, where)
+    width = max(len(name) for name in layers)
+    spread = lambda norms: f"{norms.mean():7.3f} +-{norms.std(correction=0):6.3f}"
+    print("erc at alpha 1 to 5; decoupled: the smallest alpha that breaks no constraint; violated, coupling at alpha 1;"
+          f" norms: mean +- sd\n{'layer':{width}}    erc 1       2       3       4       5  decoupled"
+          f"  violated  coupling  epsilon  {'|R[i]|':17}  |W_g[i]|")
+    for name, layer in tqdm(layers.items(), unit="layer", disable=None):
+        load(name, layer)
+        R, W_g = router_and_gates(name, layer)
+        M = activation_norms(R, W_g)                                                   # (n, n)
+        (violated, ratio), off = coupling_report(M), M.clone().fill_diagonal_(0)
+        decoupled = (torch.maximum(off.amax(dim=0), off.amax(dim=1)) / M.diagonal()).amax()
+        tqdm.write("  ".join([
+            f"{name:{width}}", *(f"{coupling_hinge(M, alpha):7.4f}" for alpha in range(1, 6)),
+            f"{decoupled:9.2f}  {violated:8.1%}  {ratio:8.3f}  {noise_bound(R).mean():7.3f}",
+            spread(R.float().norm(dim=1)), spread(W_g.float().norm(dim=(1, 2)))]))
+        layer.to("meta")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Couples a small random OLMoE, or tells how coupled a checkpoint is.")
+    command = parser.add_subparsers(dest="command").add_parser("report", help="how coupled is this checkpoint?")
+    command.add_argument("source", metavar="FOLDER_OR_NAME",
+                         help="with config.json and model*.safetensors, or on the hub")
+    command.add_argument("--where", default="", help="only layers whose name holds a match of this regular expression")
+    arguments = parser.parse_args()
+    try:
+        report(arguments.source, arguments.where) if arguments.command else demonstration()
+    except ImportError as error:
+        sys.exit(f"couple.py: error: {error}; pip install transformers==5.23.0")
+    except (OSError, ValueError) as error:
+        sys.exit(f"couple.py: error: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
-"""OLMoE weights in our model, and the coupling of a released model's experts and routers.
+"""OLMoE weights (arXiv 2409.02060) in our model.
 
-OLMoE (arXiv 2409.02060) was trained without the ERC loss. Its files tell how far apart router and experts are in a
-large model that never heard of it:
-
-    python experiments/olmoe.py FOLDER      # FOLDER holds config.json and *.safetensors
-
-prints, for each layer, the share of the ERC constraints that the clean M breaks, its coupling (mean M[i,i] / mean
-M[i,j]; about 1 means none) and the mean epsilon. It reads one layer at a time: a layer of OLMoE-1B-7B, 64 experts,
-takes about 1.3 GB. `load_olmoe` builds the whole model instead, in float32.
+    tensors = {}
+    for file in Path(folder).glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    model = load_olmoe(tensors, olmoe_config(json.loads(Path(folder, "config.json").read_text())))
 
 Two layouts are known, and told apart by their names (D is intermediate_size, d is hidden_size):
   per expert, as in the released files   mlp.experts.{j}.gate_proj.weight [D, d], up_proj [D, d], down_proj [d, D]
   fused, as in current transformers      mlp.experts.gate_up_proj [n, 2D, d], mlp.experts.down_proj [n, d, D]
 Ours is neither: W_g[j] = gate_proj.weight.T, W_p[j] = up_proj.weight.T, W_o[j] = down_proj.weight.T.
+
+How coupled the layers of such files are, says `python experiments/couple.py report FOLDER`.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erc_moe.py li
 
 import torch
 
-from erc_moe import MoEConfig, MoETransformer, activation_norms, coupling_report, noise_bound
+from erc_moe import MoEConfig, MoETransformer
 
 LAYER_NAMES = {  # in our Block: in theirs, below model.layers.{i}; the experts are apart
     "attention_norm.weight": "input_layernorm.weight",
@@ -119,56 +115,3 @@ def load_olmoe(tensors, config):
     if unused:
         raise ValueError(f"{min(unused)} is unexpected: the configuration has no place for {len(unused)} tensors")
     return model
-
-
-class Folder(dict):
-    """The tensors of all *.safetensors files of a folder, by name; each is read when asked for, and not kept.
-
-    Raises ValueError for a damaged file, for a folder without any, and where the package that reads them is missing.
-    """
-
-    def __init__(self, path):
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError:
-            raise ValueError("reading *.safetensors needs a package: pip install safetensors") from None
-        for file in sorted(Path(path).glob("*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-            self.update(dict.fromkeys(opened.keys(), opened))
-        if not self:
-            raise ValueError(f"no *.safetensors with weights in {path}")
-
-    def __getitem__(self, name):
-        return super().__getitem__(name).get_tensor(name)
-
-
-@torch.no_grad()
-def layer_report(tensors, layer, config, alpha=1.0):
-    """(violated share, coupling, mean epsilon), three floats, of one layer's clean M. Raises as `take` does."""
-    R = take(tensors, f"model.layers.{layer}.{LAYER_NAMES['moe.R']}", config.n_experts, config.d_model)
-    violated, coupling = coupling_report(activation_norms(R, expert_weights(tensors, layer, "gate", config)), alpha)
-    return violated.item(), coupling.item(), noise_bound(R).mean().item()
-
-
-def main():
-    parser = argparse.ArgumentParser(description="How coupled are the experts and routers of an OLMoE model?")
-    parser.add_argument("folder", help="holds config.json and *.safetensors")
-    parser.add_argument("--alpha", type=float, default=1.0, help="of the ERC constraints; smaller is stricter")
-    arguments = parser.parse_args()
-    try:
-        config = olmoe_config(json.loads((Path(arguments.folder) / "config.json").read_text()))
-        tensors = Folder(arguments.folder)
-        print(f"{config.n_layers} layers, n={config.n_experts} K={config.top_k} d={config.d_model} D={config.d_expert}"
-              f" alpha={arguments.alpha:g}\nlayer  violated  coupling  epsilon")
-        for layer in range(config.n_layers):
-            violated, coupling, epsilon = layer_report(tensors, layer, config, arguments.alpha)
-            print(f"{layer:5d}  {violated:8.1%}  {coupling:8.3f}  {epsilon:7.3f}", flush=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"olmoe.py: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,15 +3,9 @@
 Needs transformers (which brings safetensors). Run: python -m pytest tests/test_olmoe.py
 """
 
-import json
-import subprocess
-import sys
-
 import olmoe
 import pytest
 import torch
-
-from erc_moe import activation_norms, coupling_report, noise_bound
 
 transformers = pytest.importorskip("transformers", reason="compares with OLMoE in transformers, which is not installed")
 modeling_olmoe = pytest.importorskip("transformers.models.olmoe.modeling_olmoe")
@@ -155,44 +149,3 @@ def test_the_rotary_base_is_found_in_old_and_new_files():
     assert olmoe.olmoe_config(new).rope_theta == 77.0, f"new file: {olmoe.olmoe_config(new).rope_theta}"
     old = {name: value for name, value in new.items() if name != "rope_parameters"} | dict(rope_theta=55.0)
     assert olmoe.olmoe_config(old).rope_theta == 55.0, f"old file: {olmoe.olmoe_config(old).rope_theta}"
-
-
-def test_the_command_prints_what_the_weights_say(tmp_path):
-    """A saved model of several files, as released ones are: a line per layer, with the numbers of the one in memory."""
-    theirs = hugging_face_model()
-    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1, "the case does not test several files"
-    ran = subprocess.run([sys.executable, olmoe.__file__, tmp_path, "--alpha", "0.9"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    rows = [line.split() for line in ran.stdout.splitlines()[2:]]
-    for layer, (row, block) in enumerate(zip(rows, theirs.model.layers, strict=True)):
-        R, W_g = block.mlp.gate.weight, block.mlp.experts.gate_up_proj[:, :40].transpose(1, 2)
-        violated, coupling = coupling_report(activation_norms(R, W_g), alpha=0.9)
-        wanted = [str(layer), f"{violated:.1%}", f"{coupling:.3f}", f"{noise_bound(R).mean():.3f}"]
-        assert row == wanted, f"printed {row}, should be {wanted}"
-
-
-def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, monkeypatch):
-    """No configuration, not OLMoE, no weights, damaged weights: each ends the command with its reason."""
-    def refusal():
-        with pytest.raises(SystemExit) as stopped:
-            olmoe.main()
-        line = str(stopped.value)
-        assert line.startswith("olmoe.py: error: ") and "\n" not in line, f"not one line: {line}"
-        return line
-
-    monkeypatch.setattr(sys, "argv", ["olmoe.py", str(tmp_path)])
-    assert "config.json" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "no vocab_size" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps(hugging_face_model().config.to_dict()))
-    assert "no *.safetensors" in refusal()
-    (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    assert "model.safetensors is damaged" in refusal()
-
-
-def test_without_safetensors_the_command_says_what_to_install(tmp_path, monkeypatch):
-    """An optional package, imported where it is used."""
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        olmoe.Folder(tmp_path)
