@@ -41,6 +41,18 @@ def test_the_snippets_print_what_is_shown():
     assert printed == shown, f"printed:\n{printed}\nshown:\n{shown}"
 
 
+def test_the_printed_loss_is_erc_loss_to_the_last_digit():
+    """The function that the README shows whole, for 2 to 20 experts, with its gradients."""
+    (block,) = [block for block in BLOCKS if block["note"] == "the loss"]
+    shown = {"torch": torch}
+    exec(block["text"], shown)
+    for n in range(2, 21):
+        R, W_g = torch.randn(n, 12, requires_grad=True), torch.randn(n, 12, 7, requires_grad=True)
+        pair = [loss(R, W_g, 0.7, torch.Generator().manual_seed(n)) for loss in (shown["erc_loss"], erc_moe.erc_loss)]
+        grads = [torch.autograd.grad(loss, (R, W_g)) for loss in pair]
+        assert pair[0] == pair[1] and all(map(torch.equal, *grads)), f"n={n}: {pair[0].item()}, {pair[1].item()}"
+
+
 def run_block(note, **names):
     """Runs the Python block that stands under this note."""
     (block,) = [block for block in BLOCKS if block["note"] == note]
@@ -66,8 +78,9 @@ def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
         num_key_value_heads=2, num_experts=4, num_experts_per_tok=2))
 
     def total():
-        return sum(erc_moe.erc_loss(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj[:, :16].transpose(1, 2),
-                                    noise="none").item() for layer in model.model.layers)
+        pairs = [(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj[:, :16].transpose(1, 2))
+                 for layer in model.model.layers]
+        return sum(erc_moe.coupling_hinge(erc_moe.activation_norms(*pair)).item() for pair in pairs)
 
     before, optimizer = total(), torch.optim.SGD(model.parameters(), lr=0.3)
     for step in range(20):
@@ -91,8 +104,8 @@ def test_the_commands_parse(command, monkeypatch):
     """Every flag that the README prints exists, and takes the value that is printed."""
     program, *argv = shlex.split(command.replace(" ...", ""))
     if program == "train.py":
-        options, explicit = train.parse(argv)
-        train.configs({**train.PRESETS[options.preset], **explicit})
+        options = train.make_parser().parse_args(argv)
+        train.configs({**train.PRESETS[options.preset], **vars(options)})
     elif program == "prepare_data.py":
         for work in ("prepare", "check"):
             monkeypatch.setattr(prepare_data, work, lambda options: None)

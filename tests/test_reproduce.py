@@ -1,116 +1,54 @@
-"""The comparison: every variant starts from the same weights, what is measured equals loops, and no result is lost.
-
-Nothing here trains for long; the results themselves are compared with the texts in test_readme.py.
+"""The comparison: every variant starts from the same weights, what is measured equals loops, no result is lost, and
+tables and figures say what the results say. Nothing here trains for long.
 """
 
 import json
-import math
+import random
+import struct
+from pathlib import Path
 
+import figures
 import pytest
 import report
 import reproduce
 import torch
 
-import prepare_data
 import train
 from erc_moe import MoEConfig, MoETransformer
-from prepare_data import TokenData, UserError
+from prepare_data import UserError
 
-EOT = 0
-DOCUMENTS = [("sums", [5, 6, 7, 8]), ("story", [9, 10, 11]), ("sums", [6, 5, 8, 7, 6]), ("story", [11, 12, 9, 10])]
+# ---- Runs ----
 
 
-@pytest.fixture
-def model():
+def test_what_is_measured_in_the_weights_equals_loops():
+    """Table 2, the smallest alpha, norms, and cosines of rows and of gate columns, number by number."""
     torch.manual_seed(0)
-    return MoETransformer(MoEConfig(16, 8, n_layers=2, n_heads=2, d_model=16, d_expert=8, n_experts=6, top_k=2))
-
-
-@pytest.fixture
-def data():
-    """Four validation documents of two kinds, in one shard."""
-    tokens, spans = [], []
-    for kind, ids in DOCUMENTS:
-        spans.append([kind, len(tokens), len(tokens) + len(ids) + 1])
-        tokens += [*ids, EOT]
-    shard = torch.tensor(tokens, dtype=torch.uint16)
-    return TokenData("bytes", 16, EOT, [shard], [shard], [], {"val_documents": spans}, "")
-
-
-def inputs_of_layers(model, ids):
-    """What each MoE layer is given for one document, alone in its batch: list [L] of [T, d]."""
-    seen = []
-    hooks = [moe.register_forward_pre_hook(lambda moe, args: seen.append(args[0][0])) for moe in model.moe_layers()]
-    model(torch.tensor([ids]))
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-@torch.no_grad()
-def test_what_is_measured_on_tokens_equals_loops(model, data):
-    """Token by token, expert by expert, without padding: agreement, within, response, cosine, information, centres."""
-    found = reproduce.measure(model, data, every=1)
-    for layer, moe in enumerate(model.moe_layers()):
-        tokens = [(kind, x) for kind, ids in DOCUMENTS for x in inputs_of_layers(model, [EOT, *ids])[layer]]
-        agree = within = response = cosine = 0
-        joint, groups = {}, {}
-        for kind, x in tokens:
-            scores = [float(row @ x) for row in moe.R]
-            order = sorted(range(6), key=lambda i: -scores[i])
-            lengths = [(x @ moe.W_g[j]).norm().item() for j in range(6)]
-            best = lengths.index(max(lengths))
-            agree += order[0] == best
-            within += best in order[:2]
-            response += lengths[order[0]] / (sum(lengths) / 6)
-            cosine += float(x @ moe.R[order[0]]) / (x.norm() * moe.R[order[0]].norm()).item()
-            joint[kind, order[0]] = joint.get((kind, order[0]), 0) + 1
-            groups.setdefault(order[0], []).append(x)
-        n = len(tokens)
-        of_kind, of_expert = {}, {}
-        for (kind, j), count in joint.items():
-            of_kind[kind], of_expert[j] = of_kind.get(kind, 0) + count, of_expert.get(j, 0) + count
-        bits = sum(c / n * math.log2(c * n / of_kind[kind] / of_expert[j]) for (kind, j), c in joint.items())
-        centres = {j: torch.stack(group).mean(dim=0) for j, group in groups.items()}
-        middle, row = torch.stack([x for _, x in tokens]).mean(dim=0), moe.R.mean(dim=0)
-        relative = [torch.cosine_similarity(c - middle, moe.R[j] - row, dim=0).item() for j, c in centres.items()]
-        common = middle.square().sum() / torch.stack([x for _, x in tokens]).square().sum(dim=1).mean()
-        centre = sum(torch.cosine_similarity(c, moe.R[j], dim=0).item() for j, c in centres.items()) / len(centres)
-        broken = sum(((centres[i] @ moe.W_g[j]).norm() > (centres[k] @ moe.W_g[k]).norm()).item()
-                     for i in centres for j in centres for k in (i, j) if i != j)
-        expected = dict(agreement=agree / n, within=within / n, response=response / n, cosine=cosine / n,
-                        information=bits, centre=centre, centred=broken / (2 * len(centres) * (len(centres) - 1)),
-                        relative=sum(relative) / len(centres), common=common.item())
-        for name, value in expected.items():
-            assert found[name][layer] == pytest.approx(value, abs=1e-4), f"{name} of layer {layer}"
-        assert sum(map(sum, found["counts"][layer])) == n, "padding was counted, or tokens were lost"
-    assert found["kinds"] == ["sums", "story"] or found["kinds"] == ["story", "sums"]
-
-
-def test_what_is_measured_on_weights_equals_loops(model):
-    """Loss with each kind of noise, cosines of router rows, cosines of neurons within and between experts."""
-    found = reproduce.measure_weights(model, alpha=1.0)
-    moe = model.moe_layers()[1]
-    R, W_g = moe.R.detach().double(), moe.W_g.detach().double()
+    model = MoETransformer(MoEConfig(16, 8, 2, 2, 16, 8, 6, 2))
+    found, moe = reproduce.measure(model, alpha=1.0), model.moe_layers()[1]
+    R, W_g, n = moe.R.detach().double(), moe.W_g.detach().double(), 6
     cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
-    rows = [abs(cosine(R[i], R[j])) for i in range(6) for j in range(6) if i != j]
+    others = [(i, j) for i in range(n) for j in range(n) if i != j]
+    M = [[(R[i] @ W_g[j]).norm().item() for j in range(n)] for i in range(n)]
     pairs = {True: [], False: []}
-    for i in range(6):
-        for j in range(6):
-            for a in range(8):
-                for b in range(8):
-                    if (i, a) != (j, b):
-                        pairs[i == j].append(cosine(W_g[i, :, a], W_g[j, :, b]) ** 2)
-    assert found["router_cosine"][1] == pytest.approx(sum(rows) / len(rows), rel=1e-4)
-    assert found["neurons"][1] == pytest.approx([sum(p) / len(p) for p in (pairs[True], pairs[False])], rel=1e-4)
-    for noise, name in (("none", "none"), ("expected", "expected")):
-        loss = reproduce.train.erc_moe.erc_loss(moe.R, moe.W_g, 1.0, noise).item()
-        assert found[name][1] == pytest.approx(loss, rel=1e-5), f"{name}: {found[name][1]}, erc_loss says {loss}"
-    mean, sd = found["drawn"][1]
-    assert abs(mean - found["none"][1]) < 0.2 * mean and 0 < sd < mean, f"draws {mean} ± {sd}, none {found['none'][1]}"
+    for i, j, a, b in ((i, j, a, b) for i in range(n) for j in range(n) for a in range(8) for b in range(8)):
+        if (i, a) != (j, b):
+            pairs[i == j].append(cosine(W_g[i, :, a], W_g[j, :, b]) ** 2)
+    norms = torch.stack([row.norm() for row in R])
+    expected = dict(
+        loss=[sum(max(M[i][j] - a * M[i][i], 0) + max(M[j][i] - a * M[i][i], 0) for i, j in others) / n**2
+              for a in (1, 2, 3, 4, 5)],
+        smallest_alpha=max(max(M[i][j], M[j][i]) / M[i][i] for i, j in others),
+        norm_R=[norms.mean().item(), norms.std().item()],
+        cosine=sum(abs(cosine(R[i], R[j])) for i, j in others) / len(others),
+        neurons=(sum(pairs[True]) / len(pairs[True])) / (sum(pairs[False]) / len(pairs[False])))
+    for name, value in expected.items():
+        assert found[name][1] == pytest.approx(value, rel=1e-4, abs=1e-7), f"{name}: {found[name][1]}, loops {value}"
+    clean, closed, drawn, sd = found["noise"][1]
+    assert clean == pytest.approx(expected["loss"][0], rel=1e-4), f"{clean}, loops {expected['loss'][0]}"
+    assert closed < drawn and 0 < sd < drawn, found["noise"][1]
 
 
-@pytest.mark.parametrize("suite, variant", [(s, v) for s in ("n16", "n64") for v in reproduce.SUITES[s].names])
+@pytest.mark.parametrize("suite, variant", [(s, v) for s in reproduce.SUITES for v in reproduce.SUITES[s].variants])
 def test_every_variant_starts_from_the_weights_of_plain(suite, variant):
     """Same seed: a parameter whose name and shape the plain model has, too, starts with the plain model's values."""
     plain = reproduce.initial_model(suite, "plain", 3).state_dict()
@@ -118,136 +56,128 @@ def test_every_variant_starts_from_the_weights_of_plain(suite, variant):
     shared = [name for name in its if name in plain and plain[name].shape == its[name].shape]
     different = [name for name in shared if not torch.equal(plain[name], its[name])]
     assert not different and len(shared) >= 20, f"{len(shared)} shared, of which differ: {different}"
-    if reproduce.has_coupling(variant):
-        assert len(shared) == len(plain) == len(its), f"{len(shared)} of {len(plain)} are the same"
 
 
-def test_dense_is_as_large_as_what_a_token_uses():
-    """Equal active parameters, but for the router; AoE has at most as many in all as plain, and 6 % less at most."""
-    counts = {name: reproduce.initial_model("n16", name, 0).num_params() for name in ("plain", "dense", "aoe")}
-    routers = 3 * (16 - 1) * 96
-    assert counts["plain"][1] - counts["dense"][1] == routers, counts
-    assert 0.94 * counts["plain"][0] <= counts["aoe"][0] <= counts["plain"][0], counts
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_leaves_a_result_that_can_be_loaded(data, monkeypatch, tmp_path):
+    """Four steps: log, weights before and after, settings; an interrupted one leaves none."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    suite = reproduce.SUITES["n16"]
+    monkeypatch.setitem(reproduce.SUITES, "n16", reproduce.Suite(
+        suite.moe, dict(suite.settings, data=data, steps=4, eval_every=2), {"erc-1": 1}))
+    assert reproduce.main(["n16/erc-1"]) == 0
+    result = reproduce.load(tmp_path / "n16" / "erc-1-0.json")
+    assert [one["step"] for one in result["weights"]] == [0, 2, 4] and "M" in result["weights"][-1]
+    assert result["log"][-1]["step"] == 4 and result["log"][-1]["val_ce"] > 0
+    monkeypatch.setattr(reproduce, "run", lambda *job: pytest.fail(f"{job} has a result already"))
+    assert reproduce.main(["n16/erc-1"]) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "train", lambda *args, **more: dict(signal=2))
+    with pytest.raises(UserError, match="run the same command again"):
+        reproduce.run("n16", "plain", 1)
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty results folder with one file, of n16/plain, seed 0, that says what a run would say."""
+    """A results folder with one file, of n16/plain, seed 0, that says what a run would say."""
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "n16").mkdir()
-    log = [dict(step=800, val_ce=0.5)]
-    result = dict(suite="n16", variant="plain", seed=0, log=log, settings=reproduce.settings_of("n16", "plain", 0),
-                  watched=[], dtype="bfloat16", torch="2", floor=0.2)
-    (tmp_path / "n16" / "plain-0.json").write_text(json.dumps(result), encoding="utf-8")
+    write(tmp_path / "n16", 0, 0.5)
     return tmp_path / "n16"
 
 
-@pytest.mark.parametrize("name, change, words", [
-    ("plain-0", lambda r: r["settings"].update(steps=7), "another version: steps 7, now 800"),
-    ("plain-0", lambda r: r["settings"].pop("lr"), "another version: lr None, now 0.004"),
-    ("plain-0", lambda r: r.pop("settings"), "no result of reproduce.py"),
-    ("plane-0", lambda r: None, "there is no variant 'plane'"),
-])
-def test_results_that_do_not_belong_here_are_named_and_kept(results, name, change, words):
-    """Other settings, foreign files, unknown variants: one line with the name, and the file stays."""
-    path = results / f"{name}.json"
-    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
-    change(result)
-    path.write_text(json.dumps(result), encoding="utf-8")
-    with pytest.raises(UserError, match=words) as caught:
-        reproduce.load(path)
-    assert path.name in str(caught.value) and path.exists()
+def write(folder, seed, val_ce, **changes):
+    result = dict(suite="n16", variant="plain", seed=seed, log=[dict(step=800, val_ce=val_ce)], weights=[], torch="2",
+                  settings=reproduce.settings_of("n16", "plain", seed), dtype="float32", data="d") | changes
+    (folder / f"plain-{seed}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def test_unknown_variants_are_wrong_usage():
-    """Exit 2, with the names that exist."""
-    with pytest.raises(UserError, match="no variant 'n16/plane'; known are: n16/plain") as caught:
+def test_results_that_do_not_belong_here_are_named_and_kept(results):
+    """Other settings and foreign files: one line with the name. Two types do not stand in one table."""
+    settings = reproduce.settings_of("n16", "plain", 1)
+    for changes, words in ((dict(settings=settings | dict(steps=7)), "another version: steps 7, now 800"),
+                           (dict(settings=None), "no result of reproduce.py"),
+                           (dict(dtype="bfloat16"), "results of n16 differ in dtype")):
+        write(results, 1, 0.6, **changes)
+        with pytest.raises(UserError, match=words):
+            report.Results()
+    assert (results / "plain-1.json").exists()
+    with pytest.raises(UserError, match="no variant 'n16/plane'; known are: n16/plain"):
         reproduce.main(["n16/plane"])
-    assert caught.value.code == 2
-
-
-def test_an_interrupted_run_writes_no_result(results, monkeypatch, tmp_path):
-    """Ctrl-C in the middle: exit 130, no file, and finished runs are not trained again."""
-    monkeypatch.setattr(reproduce, "run", lambda *job: pytest.fail(f"{job} has a result"))
-    monkeypatch.setattr(reproduce.Path, "exists", lambda path: True)
-    monkeypatch.setattr(reproduce, "load", lambda path: {})
-    assert reproduce.main(["n16/plain"]) == 0
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "train", lambda *args, **more: dict(signal=2))
-    monkeypatch.setattr(reproduce, "measure", lambda *args: {})
-    monkeypatch.setattr(prepare_data, "load_data", lambda folder: None)
-    with pytest.raises(UserError, match="run the same command again") as caught:
-        reproduce.run("n16", "plain", 1)
-    assert caught.value.code == 130 and not (results / "plain-1.json").exists()
 
 
 @pytest.mark.parametrize("ce, verdict", [(0.69, "within the spread"), (0.71, "OUTSIDE OF the spread")])
-def test_a_second_training_is_held_against_the_spread_of_seeds(results, monkeypatch, capsys, ce, verdict):
-    """--again compares with the stored value: 0.5 and 0.6 over two seeds have sd 0.0707, and 2 sqrt(2) times that is
-    0.2. With a single seed there is no spread, and that is said."""
+def test_a_second_training_is_compared_with_the_spread_of_seeds(results, monkeypatch, capsys, ce, verdict):
+    """0.5 and 0.6 over two seeds have sd 0.0707, and 2 sqrt(2) times that is 0.2."""
     monkeypatch.setattr(reproduce, "run", lambda *job: dict(log=[dict(val_ce=ce)]))
-    with pytest.raises(UserError, match="results of 1 seeds; --again needs two"):
-        reproduce.again("n16", "plain", 0)
-    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
-    result |= dict(seed=1, settings=reproduce.settings_of("n16", "plain", 1), log=[dict(step=800, val_ce=0.6)])
-    (results / "plain-1.json").write_text(json.dumps(result), encoding="utf-8")
+    write(results, 1, 0.6)
     reproduce.again("n16", "plain", 0)
     printed = capsys.readouterr().out
     assert verdict in printed and "0.0707" in printed, printed
 
 
-def test_results_that_cannot_be_compared_are_not(results, monkeypatch):
-    """Runs in float32 and in bfloat16 do not stand in one table."""
-    monkeypatch.setattr(report, "RESULTS", results.parent)
-    assert report.Results().seeds("n16", "plain") == [0]
-    result = json.loads((results / "plain-0.json").read_text(encoding="utf-8"))
-    result |= dict(seed=1, settings=reproduce.settings_of("n16", "plain", 1), dtype="float32")
-    (results / "plain-1.json").write_text(json.dumps(result), encoding="utf-8")
-    with pytest.raises(UserError, match="results of n16 differ in dtype"):
-        report.Results()
+# ---- Tables ----
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_interval_is_students():
-    """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.303."""
-    assert report.interval([1.0, 2.0, 3.0], "{:.2f}") == "2.00 (-0.48 to 4.48)"
-    assert report.mean_sd([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
-
-
-@pytest.mark.parametrize("values, below, either", [
-    ([-0.02, -0.021, -0.022], "seen", "seen"), ([0.02, 0.021, 0.022], "contradicted", "seen"),
-    ([-0.001, 0.001, 0.002], "not seen at this scale", "not seen at this scale"),
-])
-def test_a_verdict_is_what_the_interval_says(values, below, either):
-    """"Smaller" needs an interval below 0, and above 0 it is contradicted; "different" needs one without 0."""
-    low, high = report.bounds(values)
-    assert report.verdict_of(values, -1) == below, f"{low:.4f} to {high:.4f}"
-    assert report.verdict_of(values, None) == either, f"{low:.4f} to {high:.4f}"
-
-
-def made_results(**val_ce):
-    """Results with these val_ce, a list over seeds."""
-    results = report.Results.__new__(report.Results)
-    results.missing = []
-    for variant, values in val_ce.items():
-        for seed, value in enumerate(values):
-            results["n16", variant.replace("_", "-"), seed] = dict(log=[dict(val_ce=value)], watched=[])
-    return results
-
-
-def test_differences_are_taken_seed_by_seed_and_between_runs_of_one_length():
-    """Only seeds that both have; a run of half the length is compared with a plain one of half the length."""
-    results = made_results(plain=[1.0, 2.0, 3.0], plain_half=[4.0], dense=[1.5, 2.75], probe_up=[4.25, 9.0])
-    of = report.last("val_ce")
-    assert results.paired("n16", "dense", of) == [0.5, 0.75]
-    assert results.paired("n16", "probe-up", of) == [0.25]
+def test_an_interval_is_students_and_deltas_are_paired():
+    """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.303, t(0.8, 2) = 1.061. Only shared seeds count."""
+    assert report.delta([1.0, 2.0, 3.0], "{:+.2f}") == "+2.00 [-0.48, +4.48]"
+    assert report.could_show([1.0, 2.0, 3.0], "{:.2f}") == "3.10"
+    made = Some(dict(plain=3, dense=2))
+    end = report.last("val_ce")
+    plain, dense = ([end(made["n16", name, seed]) for seed in (0, 1)] for name in ("plain", "dense"))
+    assert made.paired("n16", "dense", end) == [dense[0] - plain[0], dense[1] - plain[1]]
 
 
 def test_tables_go_below_their_marks_and_nowhere_else():
     """What stands below a mark, up to the empty line, is replaced; the rest stays to the letter."""
-    old = "before\n\n<!-- table: noise -->\n| old |\n|---|\n\nafter | a |\n"
-    new = report.filled(old, made_results())
-    assert new.startswith("before\n\n<!-- table: noise -->\n| trained with |"), new
-    assert new.endswith("|\n\nafter | a |\n"), new
+    old = "before\n\n<!-- table: main -->\n| old |\n|---|\n\nafter | a |\n"
+    new = report.filled(old, Some(dict(plain=2)))
+    assert new.startswith("before\n\n<!-- table: main -->\n|  | seeds | val_ce |"), new
+    assert new.endswith("|\n\nafter | a |\n") and "old" not in new, new
+
+
+# ---- Figures ----
+
+VARIANTS = ("plain", "erc-0.4", "erc-0.5", "erc-1", "aoe", "dense", "probe-up", "orthogonal")
+
+
+class Some(report.Results):
+    """Results of random numbers that never were in a file: variant -> number of seeds."""
+
+    def __init__(self, seeds, n=6, layers=3):
+        self.missing = []
+        for variant, seed in [(variant, seed) for variant, count in seeds.items() for seed in range(count)]:
+            draw = random.Random(f"{variant} {seed}")
+            several = lambda count, draw=draw: [draw.uniform(0.5, 1.5) for _ in range(count)]
+            log = [dict(step=step, epsilon=0.5, agreement=0.3, violated=0.1, coupling=1.1, dead=0, balance=1.0,
+                        val_ce=draw.uniform(0.25, 0.3)) for step in (20, 40)]
+            one = dict(step=40, neurons=several(layers), smallest_alpha=several(layers), noisy=several(layers),
+                       cosine=several(layers), loss=[several(5) for _ in range(layers)],
+                       M=[[several(n) for _ in range(n)] for _ in range(layers)],
+                       **{name: [several(count) for _ in range(layers)] for name, count in
+                          (("norm_R", 2), ("norm_W", 2), ("noise", 4), ("touched", 2))})
+            self["n16", variant, seed] = dict(suite="n16", variant=variant, seed=seed, log=log, weights=[one, one],
+                                              plane=[[several(2) for _ in range(4)] for _ in range(3)])
+
+
+def test_every_table_can_be_made_of_some_results():
+    """Whatever has run so far: no table is an error."""
+    for seeds in (dict.fromkeys(VARIANTS, 2), dict(plain=1), dict(dense=1)):
+        for name, make in report.TABLES.items():
+            if not name.startswith("bench"):
+                assert make(Some(seeds)).startswith("|"), name
+
+
+def test_all_figures_are_drawn_and_fit_a_readme(tmp_path, monkeypatch):
+    """One PNG each, as wide as a README and below 200 kB; of nothing, only the worked example is drawn."""
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    for seeds, names in ((dict.fromkeys(VARIANTS, 2), set(figures.FIGURES)), ({}, {"steps"})):
+        figures.draw(Some(seeds))
+        found = {path.stem: path.read_bytes() for path in Path(tmp_path, "figures").iterdir()}
+        assert set(found) == names, f"drawn: {sorted(found)}"
+        for name, blob in found.items():
+            width = struct.unpack(">I", blob[16:20])[0]
+            assert blob[:4] == b"\x89PNG" and 700 <= width <= 1000 and 5_000 < len(blob) < 200_000, f"{name}: {width}"
+            Path(tmp_path, "figures", f"{name}.png").unlink()
