@@ -2,8 +2,8 @@
 
     python train.py                                # the embedded corpus, without a network; minutes on two CPU cores
     python train.py --preset tinystories           # one 24 GB GPU; before it: python prepare_data.py tinystories
-    python train.py --resume                       # go on where a run stopped
-    python train.py --sample "Once upon a time"    # let a trained model continue a text
+    python train.py --preset tinystories --resume  # go on where that run stopped
+    python train.py --sample "To make"             # let the model in out/demo continue a text
     torchrun --nproc-per-node=2 train.py ...       # data-parallel on one machine
 
 Every batch, every ERC noise and every sample has a random generator of its own, seeded by what it is for: (seed, step,
@@ -46,17 +46,17 @@ class TrainConfig:
 
     data: str = setting("data/demo", "folder of token shards, made by prepare_data.py")
     out: str = setting("out/demo", "run folder")
-    steps: int = setting(600, "optimizer steps")
+    steps: int = setting(2200, "optimizer steps")
     seed: int = setting(0, "of initial weights, batches, noise and samples")
-    batch_size: int = setting(8, "sequences in a micro-batch (of each process)")
+    batch_size: int = setting(4, "sequences in a micro-batch (of each process)")
     accumulate: int = setting(1, "micro-batches in a step (of each process)")
     lr: float = setting(4e-3, "peak learning rate")
-    warmup: int = setting(50, "steps from 0 to the peak, from which a cosine falls to a tenth of it")
+    warmup: int = setting(100, "steps from 0 to the peak, from which a cosine falls to a tenth of it")
     weight_decay: float = setting(0.1, "of every matrix, the router and the experts included")
-    grad_clip: float = setting(1.0, "largest norm of the whole gradient")
-    log_every: int = setting(10, "steps between lines in the log")
-    eval_every: int = setting(300, "steps between evaluations; 0: only at the end")
-    save_every: int = setting(300, "steps between checkpoints; 0: only at the end")
+    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
+    log_every: int = setting(100, "steps between lines in the log")
+    eval_every: int = setting(1100, "steps between evaluations; 0: only at the end")
+    save_every: int = setting(1100, "steps between checkpoints; 0: only at the end")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
     dtype: str = setting("auto", "auto, fp32, bf16 or fp16: the type of the matrix products; weights stay float32")
     compile: bool = setting(False, "compile the model; needs bf16")
@@ -91,7 +91,8 @@ PRESETS = {
 VAL_WINDOWS = 128  # at 512 tokens each, the standard error of val_ce is about 0.01 nats
 LOG_COLUMNS = ("step tokens ce val_ce balance z erc epsilon violated coupling agreement max_load dead lr grad_norm"
                " tokens_per_s").split()
-MAY_CHANGE = "data out steps log_every eval_every save_every device compile sample_tokens temperature".split()
+MAY_CHANGE = ("data out steps lr grad_clip log_every eval_every save_every device compile sample_tokens"
+              " temperature").split()
 
 
 def configs(values):
@@ -110,8 +111,8 @@ def keyed_generator(device, *key):
 def train_batch(data, T, batch_size, generator):
     """Windows of T + 1 tokens, drawn with replacement -> (inputs, targets), both [B, T], int64, on the CPU.
 
-    Where an end-of-text token lies within the next T tokens of the drawn offset, the window begins with it: a document
-    is read from its start, with in front of it just what will stand there when sampling.
+    Where an end-of-text token lies within the next T tokens of the drawn offset, the window begins with it: documents
+    are seen from their start and behind end-of-text, as in sampling.
     """
     starts = torch.tensor([max(0, len(shard) - T) for shard in data.train])            # possible ones in each shard
     rows = []
@@ -130,8 +131,8 @@ def train_batch(data, T, batch_size, generator):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    Where the data knows its documents, as the embedded corpus does: all of them, each one whole, for which its entropy
-    floor is defined. Else up to VAL_WINDOWS windows, spread evenly. UserError where the text is too short for one.
+    Of the demo: every whole document, as the entropy floor assumes. Otherwise up to VAL_WINDOWS windows, evenly spaced,
+    which may begin inside a document. UserError where the text is too short for one.
     """
     tokens = torch.frombuffer(bytearray().join(data.val), dtype=torch.uint16)
     spans = [(first, end) for _, first, end in data.meta.get("val_documents", [])]
@@ -187,7 +188,7 @@ def coupling(model, alpha):
 
 # ---- Checkpoints and log ---------------------------------------------------------------------------------------------
 def save_checkpoint(folder, state):
-    """Replaces ckpt.pt in one go: a kill or a full disk at any moment leaves the old one whole."""
+    """Replaces ckpt.pt atomically: a kill or a full disk at any moment leaves the old one intact."""
     path, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -198,7 +199,7 @@ def save_checkpoint(folder, state):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot save {path} ({reason}); the one before is whole: make room, then --resume") from error
+        raise UserError(f"cannot save {path} ({reason}); an earlier one is intact: make room, then --resume") from error
 
 
 def load_checkpoint(folder):
@@ -213,14 +214,18 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that may be in it
         names = "model optimizer scaler step config tokenizer data processes".split()
         return {name: dict(state)[name] for name in names}
-    except Exception as error:  # damage has many faces; whichever it is, the file is not used
+    except (OSError, MemoryError):
+        raise  # the file may be intact
+    except Exception as error:  # damage shows as errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or not from train.py ({reason}); start anew with --overwrite") from error
+        raise UserError(f"{path} is damaged or not from train.py ({reason}); train again with --overwrite") from error
 
 
 def start_log(path, last_step):
-    """Makes log.csv ready to append to -> its columns. Lines after last_step go, which a resumed run writes anew, and a
-    last line that a kill cut short. Columns that were added, in the file or to LOG_COLUMNS, lose no line.
+    """Makes log.csv ready to append to -> its columns.
+
+    Drops lines after last_step, which a resumed run writes again, and a truncated last line. Keeps columns that were
+    added, in the file or to LOG_COLUMNS.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     old = csv.DictReader(line for line in lines if line.endswith("\n"))
@@ -295,15 +300,16 @@ class Run:
         self.context = self.model.config.context_length
         self.step_tokens = config.batch_size * config.accumulate * self.processes * self.context
         self.val = validation_batches(self.data, self.context, config.batch_size)
-        decayed, others = ([p for p in self.model.parameters() if (p.ndim >= 2) == yes] for yes in (True, False))
-        self.optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=config.weight_decay),
-                                            dict(params=others, weight_decay=0.0)], config.lr, (0.9, 0.95), fused=True)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        norms = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                                            dict(params=norms, weight_decay=0.0)], config.lr, (0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.bad = torch.zeros((), device=self.device)  # steps in a row whose loss or gradient was not finite
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if config.compile else self.model
-        if config.compile:  # a step for nothing: what cannot be compiled shows before a run folder is made
+        if config.compile:  # a trial step: what cannot be compiled shows before a run folder is made
             try:
                 self.add_token_gradient(0)
             except torch.OutOfMemoryError:
@@ -320,12 +326,12 @@ class Run:
                     data=self.data.fingerprint, tokenizer=self.data.tokenizer, processes=self.processes)
 
     def restore(self, state):
-        """Takes up a checkpoint; UserError where data or processes are not those it was saved with."""
+        """Goes on from a checkpoint. UserError where data or number of processes are not those it was saved with."""
         for name, here in dict(data=self.data.fingerprint, processes=self.processes).items():
             if state[name] != here:
-                raise UserError(f"the run to resume had other {name} ({state[name]}, not {here}); bring them back")
+                raise UserError(f"the run to resume had other {name} ({state[name]}, not {here}); use the same again")
         for name in ("model", "optimizer", "scaler"):
-            if state[name]:  # a scaler's is empty but for float16, and --dtype auto may be another type here
+            if state[name]:  # a scaler's is empty unless float16, and --dtype auto may be another type here
                 getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
 
@@ -335,13 +341,13 @@ class Run:
     def add_token_gradient(self, step):
         """Adds up the gradients of a step's micro-batches -> means of (ce, balance, z) [3] and the load [L, n].
 
-        Micro-batches are numbered over all processes: N processes with A each learn from what one with N * A does.
+        Micro-batches are numbered over all processes: N processes with A each see the same data as one with N * A.
         """
         config, means, load = self.config, torch.zeros(3, device=self.device), 0
         for i in range(self.rank * config.accumulate, (self.rank + 1) * config.accumulate):
             batch = train_batch(self.data, self.context, config.batch_size,
                                 keyed_generator("cpu", config.seed, step, "batch", i))
-            if self.device.type == "cuda":  # nobody has to wait for a copy from pinned memory, if it is in one piece
+            if self.device.type == "cuda":  # a copy from pinned, contiguous memory does not block
                 batch = [tokens.contiguous().pin_memory() for tokens in batch]
             with self.autocast():
                 out = self.forward(*(tokens.to(self.device, non_blocking=True) for tokens in batch))
@@ -349,8 +355,8 @@ class Run:
             self.scaler.scale(loss / config.accumulate).backward()
             means += torch.stack((out.ce, out.balance, out.z)).detach() / config.accumulate
             load = load + out.load
-        if self.processes > 1:  # data-parallel, all of it: average gradients and means, add up loads
-            averaged = [p.grad for p in self.model.parameters()] + [means]
+        if self.processes > 1:  # data parallelism: average gradients and means, add up loads
+            averaged = [p.grad for p in self.model.parameters() if p.grad is not None] + [means]
             for tensor in [*averaged, load]:
                 dist.all_reduce(tensor)
             torch._foreach_div_(averaged, self.processes)
@@ -360,7 +366,7 @@ class Run:
         """Adds the gradient of the ERC loss, once for the whole step -> its value [], mean over layers.
 
         Layer by layer, so that only one layer's n * n responses [D] are alive at a time. Unscaled, in float32: it comes
-        after scaler.unscale_. Every process adds the same, so none has to be told of it.
+        after scaler.unscale_. It is the same on every process: no all-reduce.
         """
         layers, total = self.model.moe_layers(), torch.zeros((), device=self.device)
         noise = keyed_generator(self.device, self.config.seed, step, "erc")
@@ -382,8 +388,8 @@ class Run:
     def update(self, step, norm, ce, look=True):
         """Takes the step. UserError, naming the step, if the loss or gradient of one was not finite.
 
-        How many were not is counted on the device, so that nobody waits for it but who looks: before the log or a
-        checkpoint is written. In search of its scale, a float16 scaler may skip 19 in a row.
+        Such steps are counted on the device, to avoid a wait in each. `look` reads the count: before logging or saving.
+        A float16 scaler that searches its scale may skip 19 in a row.
         """
         scaling = self.scaler.is_enabled()
         bad = ~torch.isfinite(norm + ce) | (not scaling and self.bad > 0)
@@ -397,7 +403,7 @@ class Run:
         self.step = step
         if look and self.bad >= (20 if scaling else 1):
             raise UserError(f"loss or gradient is not finite at step {step - int(self.bad) + 1}; what was saved before"
-                            " is whole: start again with a lower --lr or a longer --warmup")
+                            " is intact: --resume with a lower --lr, or train again with --overwrite")
 
     def agree(self, number):
         """The largest number of all processes, which have to leave after the same step. No GPU has to wait for it."""
@@ -450,7 +456,7 @@ def begin(run, resume, overwrite):
         raise UserError(f"{out} holds a run; go on with --resume, start anew with --overwrite, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        save_checkpoint(out, run.state())  # a full disk shows now, and not in an hour
+        save_checkpoint(out, run.state())  # a folder that cannot be written shows now
         (out / "log.csv").unlink(missing_ok=True)
     print(f"{config.steps:,} steps of {run.step_tokens:,} tokens on {device}, {str(run.dtype)[6:]}\n"
           f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
@@ -485,8 +491,8 @@ def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None
             erc = run.add_erc_gradient(step) if logs or config.erc_weight > 0 else None
             if extra_loss:
                 extra_loss(run.model).backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-            if logs:  # before the update, of the weights that ce is of
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+            if logs:  # before the update: the weights that ce is of
                 row = run.measure(step, means, load, erc, norm)
             caught = run.agree(signals[0] if signals else 0)
             saves = last or caught or (config.save_every and step % config.save_every == 0)
@@ -591,12 +597,13 @@ def main(argv=None):
     rank, demo = processes()[0], Path("data/demo/meta.json")
     if config.data == "data/demo" and rank == 0 and not demo.exists():
         prepare_data.main(["demo"])
-    while config.data == "data/demo" and rank > 0 and not demo.exists():  # the first process is at it
+    while config.data == "data/demo" and rank > 0 and not demo.exists():  # the first process prepares it
         time.sleep(0.1)
     try:
         result = train(config, moe, resume=state, overwrite=options.overwrite)
     except torch.OutOfMemoryError as error:
-        raise UserError("out of memory; lower --batch-size, and raise --accumulate to make up for it") from error
+        raise UserError("out of memory; lower --batch-size, raise --accumulate to make up for it, and add --overwrite"
+                        ) from error
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
