@@ -6,12 +6,13 @@
     python prepare_data.py story.txt notes/      # your own UTF-8 text: files, or folders of .txt files
     python prepare_data.py --check data/demo     # are all bytes still the ones that were written?
 
-Every source takes the same way: documents -> tokens -> one temporary file -> shards. The memory it needs does not grow
-with the source. A preparation that was killed can be run again and gives the same shards.
+The way of every source: documents -> tokens -> one temporary file -> shards in data/NAME or --out. The memory it takes
+hardly grows with the source. A preparation that was killed can be run again and gives the same shards. Of your own
+text, a file is one document, unless lines that are <|endoftext|> divide it.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens. This is the format of
-llm.c and modded-nanogpt, so their shards can be trained on too. End-of-text follows every document. meta.json says what
-was written. A folder of shards without it is read as GPT-2 tokens.
+llm.c and modded-nanogpt, so their shards can be trained on too. Here end-of-text follows every document. meta.json says
+what was written. A folder of shards without meta.json is read as GPT-2 tokens.
 
 Left out: shuffling (training draws random windows), cleaning, deduplication, training a tokenizer.
 """
@@ -33,7 +34,6 @@ import time
 import urllib.request
 from array import array
 from bisect import bisect
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
 from itertools import islice
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 SOURCES = ("demo", "tinystories", "openwebtext")
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two documents of a text file
-BLOCK = 1 << 14  # bytes read at once, and the longest text that waits for the end of its document
+BLOCK = 1 << 14  # characters or bytes read at once; longer documents are cut into pieces
 
 
 class UserError(Exception):
@@ -109,7 +109,7 @@ def read_shard(path):
 
 
 def split_of(name):
-    """ "train" or "val" for a shard called like fineweb_train_000001.bin, "" for other files. Raises UserError."""
+    """Returns "train" or "val" for names like fineweb_train_000001.bin, "" for others. Raises UserError for both."""
     *parts, ending = re.split("[_.-]", name)
     splits = {"train", "val"}.intersection(parts) if ending == "bin" else ()
     if len(splits) == 2:
@@ -136,9 +136,9 @@ def load_data(folder):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}){hint}") from error
     shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
-    for name in sorted({*shards, *listed}) if meta else ():
+    for name in sorted({*shards, *listed}):
         found, expected = len(shards.get(name, ())), listed.get(name, (0,))[0]
-        if found != expected:
+        if meta and found != expected:
             raise UserError(f"{folder / name} has {found} tokens, but {expected} according to meta.json{hint}")
     train, val = ([name for name in shards if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
@@ -157,7 +157,7 @@ def check(folder):
             raise UserError(f"{path} has changed since it was written (sha256); make it again with --overwrite")
         if not sums and (largest := max(read_shard(path))) >= data.vocab_size:
             raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; replace it")
-    print(f"{folder}: all right, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens")
+    print(f"{folder}: OK, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens")
 
 
 def sha256_of(path):
@@ -170,7 +170,7 @@ def sha256_of(path):
 
 
 def write_whole(path, blocks):
-    """Put bytes under a name, all or none: a kill at any moment leaves the old file or the new one."""
+    """Writes a file atomically: a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.writelines(blocks)
@@ -180,12 +180,13 @@ def write_whole(path, blocks):
 
 
 # ---- Documents to tokens ---------------------------------------------------------------------------------------------
-# A source is a generator of pieces: (text, does a document end here). A document can be longer than what one wants to
-# hold in memory, so it may come in several pieces.
+# A source is a generator of pieces: (text, is_end). A document may come in several pieces, so that a long one need not
+# be held in memory.
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called "gpt2", or "bytes": the 256 bytes, and 256 for end-of-text. Raises UserError."""
+    """The tiktoken.Encoding "gpt2", or "bytes": byte values 0 to 255, and token 256 for end-of-text. Raises UserError.
+    """
     if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
         return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
@@ -199,10 +200,10 @@ def get_tokenizer(name):
 def read_text(path, errors="strict"):
     """The pieces of a UTF-8 file. Lines that are SEPARATOR stand between documents; blank documents are left out.
 
-    A byte order mark is dropped, CRLF becomes LF. Long documents are cut in front of a blank behind a word: no GPT-2
-    token reaches across. Raises UserError for an empty file and, with errors="strict", for one that is not UTF-8 text.
+    A byte order mark is dropped, CRLF becomes LF. Long documents are cut after a word and before whitespace, where no
+    GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
     """
-    text, inside, empty, block = "", False, True, "-"  # inside: `text` goes on with a document that was cut
+    text, inside, block = "", False, "-"  # inside: `text` continues a document that was cut
     with open(path, encoding="utf-8-sig", errors=errors) as file:
         while block:
             try:
@@ -213,46 +214,34 @@ def read_text(path, errors="strict"):
                                 " convert it first") from error
             if errors == "strict" and "\0" in block:
                 raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
-            *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text + (block or "\n"))
+            text += block or "\n"  # at the end a newline, so that a last separator matches
+            *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text)
             for document in documents if block else [*documents, text]:
                 if inside or document.strip():
                     yield document.removesuffix("\n"), True
-                    empty = False
                 inside = False
             if block and len(text) > BLOCK:
                 word = re.match(r"(?s).*\S(?=[ \n])", text)
-                cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # which may begin there
+                cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # the rest may be part of a separator
                 yield text[:cut], False
                 text, inside = text[cut:], True
-    if empty:
-        raise UserError(f"{path} is empty; leave it out")
 
 
 def write_tokens(encoding, file, pieces, limit, total):
     """Append the tokens of all documents to an open file; return where in the file, in tokens, each document ends.
 
-    Whole documents are kept as long as they end within the limit, if there is one. If not even the first one does, it
-    is cut. `total`: bytes of text, for the progress bar. Raises UserError where there is no document.
+    Whole documents are kept as long as they end within the limit, if there is one. If the first one exceeds it, it is
+    truncated. `total`: bytes of text, for the progress bar. Raises UserError where there is no document.
     """
-    def encode(batch):
-        tokens, ends = array("H"), []
-        for text, is_end in batch:
-            tokens.extend(encoding.encode_ordinary(text))
-            if is_end:
-                tokens.append(encoding.eot_token)
-                ends.append(len(tokens))
-        return tokens, ends, sum(len(text.encode()) for text, _ in batch)
-
     begin = written = file.tell() // 2
-    ends, batches = array("Q"), iter(lambda: list(islice(pieces, 16)), [])
-    bar = tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None)
-    with ThreadPoolExecutor() as pool, bar:
-        while not (limit and written > limit) and (jobs := list(islice(batches, 32))):
-            for tokens, new_ends, size in pool.map(encode, jobs):
-                file.write(tokens)
-                ends.extend(written + end for end in new_ends)
-                written += len(tokens)
-                bar.update(size)
+    ends = array("Q")
+    with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        while not (limit and written > limit) and (batch := list(islice(pieces, 512))):
+            for (text, is_end), tokens in zip(batch, encoding.encode_ordinary_batch([text for text, _ in batch])):
+                file.write(array("H", tokens + [encoding.eot_token] * is_end))
+                written += len(tokens) + is_end
+                ends.extend([written] * is_end)
+                bar.update(len(text.encode()))
     if written == begin:
         raise UserError("there is no document in the source; is it the right one?")
     del ends[bisect(ends, limit or written):]
@@ -272,11 +261,13 @@ TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc
                "TinyStoriesV2-GPT4-{}.txt")
 OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/8cfd553694d06979cfec29248b200468786f0294/"
                "subsets/urlsf_subset{:02d}.tar")
-TIMEOUT, TRIES, BACKOFF = 10, 5, 0.25  # seconds of silence; requests per file; seconds, doubling
+TIMEOUT = 10    # seconds without a byte
+TRIES = 5       # requests per file
+BACKOFF = 0.25  # seconds, doubling
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, never away from https. Size and sha256 of a file are in the hub's own answer only: `hub`."""
+    """Follows redirects, never away from https. `hub` keeps the first answer: only it has a file's size and sha256."""
 
     hub = None
 
@@ -295,7 +286,7 @@ def fetch(url, path):
     """
     part, redirects = Path(f"{path}.part"), Redirects()
     with open(part, "ab") as file:
-        have = max(0, file.tell() - 1)  # the last byte again: to ask for none is an error
+        have = max(0, file.tell() - 1)  # the last byte again: an empty range is HTTP 416
         request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py", "Range": f"bytes={have}-"})
         with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as response:
             hub = redirects.hub or response.headers
@@ -304,7 +295,7 @@ def fetch(url, path):
                 raise UserError(f"{url}: the answer has no size and sha256, so it is not the hub's; check HF_ENDPOINT")
             have = have if response.status == 206 else 0
             if have + int(response.headers.get("Content-Length", 0)) != size:
-                raise ConnectionError("the answer has not the size of the file, it may be a web page")
+                raise ConnectionError("the answer has the wrong size, it may be a web page")
             file.truncate(have)
             with tqdm(desc=path.name, initial=have, total=size, unit="B", unit_scale=True, disable=None) as bar:
                 while block := response.read1(BLOCK):
@@ -338,7 +329,7 @@ def download(name, folder):
 
 
 def tar_members(file, ending):
-    """Yield the open regular members of a tar stream whose names end so. They are read, never put on a disk."""
+    """Yield the regular members of a tar stream whose names end with `ending`. They are never written to disk."""
     with tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
             if member.isfile() and member.name.endswith(ending):
@@ -368,19 +359,17 @@ def openwebtext(folder, subsets):
 #     program   a Python session with its right output
 #
 # A language model trained on this text can be measured against the truth: the mean of -log_prob over the same
-# documents is a floor that no model beats on average. The floor is only true if every text has exactly one
-# derivation, which three habits secure: no alternative of a rule begins with another one, nothing is optional, and
-# no draw ignores its order.
+# documents is a floor that no model beats on average. For that, every text must have exactly one derivation: no
+# alternative of a rule is a prefix of another, no slot is optional, and draws are ordered.
 
 KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the rule of its whole document
 
-# Alternatives are divided by "|" and equally likely, except that none is used twice in a document (two friends never
-# share a name, and one word less is left for the second). Slots are filled from left to right:
+# Alternatives are divided by "|" and equally likely. Within a document each one is used at most once. Slots are filled
+# from left to right:
 #     {name}       an alternative of the rule `name`          {A=name}    the same, remembered as A
 #     {M=1..9}     a number, remembered; bounds may be sums   {A} {M+N}   what is remembered, or a sum of it
-# 6 to 16 words per rule and one or two remembered things per document keep the entropy in the words a reader would call
-# content, and copying, which small models learn late, a small part of the task. For the same reason a sum stands beside
-# its answer. No document of this grammar is longer than 243 bytes, whatever the seed.
+# Few things have to be remembered, because small models learn to copy late; so a sum stands beside its answer. No
+# document of this grammar is longer than 243 bytes, whatever the seed.
 GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
     "story":
         "One {weather} {hour} {A=name} the {mood} {animal} found a {look} {X=thing} {place}. The {X} {trouble}. "
@@ -479,7 +468,7 @@ def _fill(template, uniform, memory, used):
             log_prob -= math.log(high - low + 1)
         else:
             filled = memory[source] if source in memory else str(_sum(source, memory))
-        memory[variable] = filled  # (as None where nothing asks for it)
+        memory[variable] = filled  # variable is None for unnamed slots
         return filled
 
     return re.sub(r"{(?:(\w)=)?(.+?)}", fill, template), log_prob
@@ -500,7 +489,7 @@ def own_files(paths):
     files = []
     for path in map(Path, paths):
         if not (path.is_dir() or path.is_file()):
-            raise UserError(f"{path} is no file or folder, and not one of {', '.join(SOURCES)}; check the spelling")
+            raise UserError(f"{path} is not there; give files and folders, or one of {', '.join(SOURCES)}")
         files += [path] if path.is_file() else sorted(
             file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file()
             and not re.search(r"(^|/)(\.|__MACOSX/)", file.relative_to(path).as_posix()))

@@ -41,9 +41,9 @@ def settings_of(monkeypatch):
 
 def test_every_setting_is_a_flag_of_its_type(settings_of):
     """--a-b VALUE with the type of the field, booleans --x and --no-x; what is not given has the field's default."""
-    values = {int: 8, float: 0.25, str: "fp32"}
     for field in SETTINGS:
         flag = field.name.replace("_", "-")
+        values = {int: 48 if flag == "d-model" else 8, float: 0.25, str: "fp32"}
         cases = ([([f"--{flag}"], True), ([f"--no-{flag}"], False)] if field.type is bool else
                  [([f"--{flag}={values[field.type]}"], values[field.type])])
         for argv, expected in cases:
@@ -89,7 +89,7 @@ def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
     with pytest.raises(RuntimeError, match="too little"):
         train.main(flags(data))
     error = torch.OutOfMemoryError
-    with pytest.raises(UserError, match="lower --batch-size, and raise --accumulate"):
+    with pytest.raises(UserError, match="lower --batch-size, raise --accumulate"):
         train.main(flags(data))
 
 

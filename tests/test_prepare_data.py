@@ -248,7 +248,7 @@ def test_the_fingerprint_names_the_data():
 def test_check_reads_every_byte(capsys):
     """--check accepts whole data and finds any single flipped bit in a shard."""
     prepare("some text")
-    assert main(["--check", "o"]) == 0 and "all right" in capsys.readouterr().out
+    assert main(["--check", "o"]) == 0 and "OK" in capsys.readouterr().out
     path, data = Path("o/train_000000.bin"), Path("o/train_000000.bin").read_bytes()
     for at in (500, 1024, len(data) - 1):
         write(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
@@ -270,9 +270,9 @@ def test_wrong_usage_is_exit_2(capsys, argv):
 
 
 @pytest.mark.parametrize("make, word", [
-    (lambda: "tinystorys", "not one of demo, tinystories"),
-    (lambda: write("e.txt", ""), "empty"),
-    (lambda: write("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n"), "empty"),
+    (lambda: "tinystorys", "or one of demo, tinystories"),
+    (lambda: write("e.txt", ""), "no document"),
+    (lambda: write("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n"), "no document"),
     (lambda: write("x.txt", b"0123456789\xffabc"), "0xff at offset 10"),
     (lambda: write("b.txt", b"\xef\xbb\xbfab\xfe"), "0xfe at offset 5"),
     (lambda: write("u.txt", b"caf\xc3"), "0xc3 at offset 3"),

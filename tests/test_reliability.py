@@ -395,7 +395,7 @@ def stopped(data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flag", ["seed=1", "batch_size=3", "accumulate=2", "lr=0.5", "grad_clip=2", "erc_weight=0",
+@pytest.mark.parametrize("flag", ["seed=1", "batch_size=3", "accumulate=2", "erc_weight=0",
                                   "d_model=32", "top_k=1", "renormalize", "no-qk_norm", "dtype=bf16", "deterministic"])
 def test_resume_refuses_settings_that_contradict_the_run(stopped, capsys, flag):
     """Exit 2, naming the flag, its value here and the one of the run."""
