@@ -246,7 +246,7 @@ TABLES = {
     "noise": noise_table, "agreement": agreement_table, "wide": suite_table("n16-wide"), "n64": suite_table("n64"),
     "text": suite_table("text"),
     "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
-    "bench-loss": lambda _: bench_table("erc", 1), "bench-scaling": lambda _: bench_table("scaling"),
+    "bench-scaling": lambda _: bench_table("scaling"),
 }
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n\n|\Z)", re.DOTALL)
 
