@@ -19,7 +19,7 @@ from erc_moe import MoE, MoEConfig, MoETransformer, balance_loss
 
 
 def small(**changes):
-    """A configuration that runs in milliseconds, with weights large enough that no difference hides below a tolerance."""
+    """A configuration that runs in milliseconds, with weights so large that no difference hides below a tolerance."""
     sizes = dict(vocab_size=64, context_length=16, n_layers=2, n_heads=2, d_model=16, d_expert=24, n_experts=6, top_k=2,
                  init_std=0.25)
     return MoEConfig(**sizes | changes)
