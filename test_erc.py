@@ -325,7 +325,7 @@ def test_the_default_dtype_of_the_program_around_it_changes_nothing(erc):
 
 def small_model(erc):
     torch.manual_seed(0)
-    return erc.MoETransformer(erc.MoEConfig(vocab_size=32, context_length=16, n_layers=3, d_model=16, d_expert=8))
+    return erc.MoETransformer(erc.MoEConfig(32, 16, n_layers=3, n_heads=2, d_model=16, d_expert=8))
 
 
 def test_in_the_model_it_trains_R_and_W_g_and_no_other_parameter(erc):
