@@ -236,7 +236,7 @@ def write_tokens(encoding, file, pieces, limit, total):
     begin = written = file.tell() // 2
     ends = array("Q")
     with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        while not (limit and written > limit) and (batch := list(islice(pieces, 512))):
+        while not (limit and written > limit) and (batch := list(islice(pieces, 64))):
             for (text, is_end), tokens in zip(batch, encoding.encode_ordinary_batch([text for text, _ in batch])):
                 file.write(array("H", tokens + [encoding.eot_token] * is_end))
                 written += len(tokens) + is_end
