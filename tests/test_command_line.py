@@ -15,24 +15,20 @@ from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-SETTINGS = [*fields(TrainConfig), *(field for field in fields(MoEConfig) if field.name != "vocab_size")]
-
-
-class Stop(Exception):
-    pass
-
 
 @pytest.fixture
 def settings_of(monkeypatch):
-    """argv -> all settings that train() would be called with, by name."""
+    """argv -> all settings that train() is called with, by name."""
+    seen = {}
+
     def stop(config, moe, **_):
-        raise Stop(config, moe)
+        seen.update({**asdict(moe), **asdict(config)})
+        raise InterruptedError
 
     def get(*argv):
-        with pytest.raises(Stop) as caught:
+        with pytest.raises(InterruptedError):
             train.main(list(argv))
-        config, moe = caught.value.args
-        return {**asdict(moe), **asdict(config)}
+        return dict(seen)
 
     monkeypatch.setattr(train, "train", stop)
     monkeypatch.setattr(prepare_data, "main", lambda argv: 0)
@@ -41,14 +37,14 @@ def settings_of(monkeypatch):
 
 def test_every_setting_is_a_flag_of_its_type(settings_of):
     """--a-b VALUE with the type of the field, booleans --x and --no-x; what is not given has the field's default."""
-    for field in SETTINGS:
+    for field in (*fields(TrainConfig), *(field for field in fields(MoEConfig) if field.name != "vocab_size")):
         flag = field.name.replace("_", "-")
         values = {int: 48 if flag == "d-model" else 8, float: 0.25, str: "fp32"}
-        cases = ([([f"--{flag}"], True), ([f"--no-{flag}"], False)] if field.type is bool else
-                 [([f"--{flag}={values[field.type]}"], values[field.type])])
-        for argv, expected in cases:
-            got = settings_of(*argv)
-            assert got[field.name] == expected and type(got[field.name]) is field.type, f"{argv}: {got[field.name]}"
+        cases = ({f"--{flag}": True, f"--no-{flag}": False} if field.type is bool else
+                 {f"--{flag}={values[field.type]}": values[field.type]})
+        for argument, expected in cases.items():
+            got = settings_of(argument)[field.name]
+            assert got == expected and type(got) is field.type, f"{argument}: {got}"
     assert settings_of() == {**asdict(MoEConfig()), **asdict(TrainConfig())}, "the demo has the defaults"
 
 
@@ -62,21 +58,65 @@ def test_presets_fill_defaults_and_explicit_flags_win(settings_of, preset):
     assert got.items() >= told.items(), got
 
 
-WRONG = ("--steps=0 --steps=-1 --steps=1e3 --steps=abc --steps= --batch-size=0 --accumulate=0 --log-every=0 --seed=2.0"
-         " --lr=nan --lr=inf --lr=-0.1 --lr=1e300 --grad-clip=nan --temperature=-1 --erc-weight=-1 --top-k=9 --top-k=0"
-         " --d-model=12 --d-expert=12 --n-heads=3 --dtype=float16 --preset=huge --step=5 --resum --erc_weight=1"
-         " --sample --vocab-size=300 --compile=1 word").split()
+WRONG = ("--steps=0 --batch-size=0 --log-every=0 --lr=nan --lr=inf --lr=-0.1 --lr=1e300 --temperature=-1 --top-k=9"
+         " --d-model=12 --dtype=float16 --preset=huge --step=5 --vocab-size=300 word").split()
 
 
-def test_wrong_usage_is_exit_2_without_a_traceback(data, capsys):
+@pytest.mark.parametrize("wrong", [*WRONG, "--resume --overwrite", "--renormalize --top-k=1"])
+def test_wrong_usage_is_exit_2_without_a_traceback(data, capsys, wrong):
     """Bad values, abbreviations, unknown flags, contradictions: argparse's usage and one line; nothing is made."""
-    for wrong in [[flag] for flag in WRONG] + [["--resume", "--overwrite"], ["--renormalize", "--top-k", "1"]]:
-        with pytest.raises(SystemExit) as caught:
-            train.main([*flags(data), *wrong])
-        lines = capsys.readouterr().err.splitlines()
-        assert caught.value.code == 2 and len(lines) == 2, f"{wrong}: exit {caught.value.code}, {lines}"
-        assert lines[0].startswith("usage: train.py ") and lines[1].startswith("train.py: error: "), lines
-    assert not list(Path().iterdir()), "something was made"
+    with pytest.raises(SystemExit) as caught:
+        train.main([*flags(data), *wrong.split()])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 2, f"exit {caught.value.code}, {lines}"
+    assert lines[1].startswith("train.py: error: ") and not list(Path().iterdir()), lines
+
+
+def test_without_data_the_demo_corpus_is_prepared_first(monkeypatch, settings_of):
+    """python train.py in an empty folder: the one source that needs no network, and not for other data."""
+    called = []
+    monkeypatch.setattr(prepare_data, "main", called.append)
+    settings_of("--data", "elsewhere"), settings_of()
+    assert called == [["demo"]], called
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train.train(*settings(data, out=str(out), steps=2))
+    return str(out)
+
+
+def test_a_sample_begins_with_its_prompt_and_follows_its_seed(finished, capsys):
+    """Equal twice, another seed another text; temperature 0 needs no seed; other settings of training are refused."""
+    def sampled(*argv, prompt="the fox"):
+        assert train.main(["--out", finished, "--sample-tokens=20", *argv, "--sample", prompt]) == 0
+        return capsys.readouterr().out
+
+    one, again, other = (sampled(f"--seed={seed}", "--temperature=1") for seed in (1, 1, 2))
+    assert one == again != other and one.startswith("the fox"), (one, again, other)
+    assert sampled("--seed=1", "--temperature=0") == sampled("--seed=2", "--temperature=0")
+    for prompt in ("", "a <|endoftext|> b", "\U0001f98a"):
+        assert sampled(prompt=prompt).startswith(prompt), "special tokens in a prompt are plain text"
+    with pytest.raises(SystemExit):
+        sampled("--n-experts=5")
+    assert "--n-experts is 5 here, but 4 in the run" in capsys.readouterr().err
+
+
+def test_the_report_has_quality_a_sample_and_commands_that_can_be_pasted(data, monkeypatch, capsys):
+    """val_ce and its ratio to the floor; a folder with a blank is quoted; where no sample can be made, that is said."""
+    config, moe = settings(data, out="a run", steps=1)
+    result = train.train(config, moe)
+    tokens = prepare_data.load_data(data)._replace(meta={"entropy_floor": 0.25})
+    monkeypatch.setattr(prepare_data, "load_data", lambda folder: tokens)
+    train.report(config, result)
+    text = capsys.readouterr().out
+    assert f"{result['val_ce'] / 0.25:.3f} times the entropy floor" in text and "a sample:" in text, text
+    assert "python train.py --out 'a run' --resume --steps 2" in text, text
+    Path("a run/ckpt.pt").unlink()
+    train.report(config, result)
+    assert "no sample: no checkpoint" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
@@ -91,60 +131,3 @@ def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
     error = torch.OutOfMemoryError
     with pytest.raises(UserError, match="lower --batch-size, raise --accumulate"):
         train.main(flags(data))
-
-
-def test_without_data_the_demo_corpus_is_prepared_first(monkeypatch, settings_of):
-    """python train.py in an empty folder: the one source that needs no network."""
-    called = []
-    monkeypatch.setattr(prepare_data, "main", called.append)
-    settings_of()
-    assert called == [["demo"]], called
-    settings_of("--data", "elsewhere")
-    assert len(called) == 1, "not for other data"
-
-
-# ---- Samples and the end of a run ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """The folder of a finished run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    train.train(*settings(data, out=str(out), steps=2))
-    return str(out)
-
-
-def test_a_sample_begins_with_its_prompt_and_follows_its_seed(finished, capsys):
-    """Equal twice, another seed another text; temperature 0 needs no seed; other settings of training are refused."""
-    def sampled(*argv, prompt="the fox"):
-        assert train.main(["--out", finished, "--sample-tokens=40", *argv, "--sample", prompt]) == 0
-        return capsys.readouterr().out
-
-    one, again, other = (sampled(f"--seed={seed}", "--temperature=1") for seed in (1, 1, 2))
-    assert one == again != other and one.startswith("the fox"), (one, again, other)
-    assert sampled("--seed=1", "--temperature=0") == sampled("--seed=2", "--temperature=0")
-    for prompt in ("", "a <|endoftext|> b", "\U0001f98a"):
-        assert sampled(prompt=prompt).startswith(prompt), "special tokens in a prompt are plain text"
-    with pytest.raises(SystemExit):
-        sampled("--n-experts=5")
-    assert "--n-experts is 5 here, but 4 in the run" in capsys.readouterr().err
-
-
-def test_the_report_has_quality_a_sample_and_commands_that_can_be_pasted(data, monkeypatch, capsys):
-    """val_ce and its ratio to the floor; a folder with a blank is quoted; without a vocabulary there is no sample."""
-    config, moe = settings(data, out="a run", steps=1)
-    result = train.train(config, moe)
-    tokens = prepare_data.load_data(data)._replace(meta={"entropy_floor": 0.25})
-    monkeypatch.setattr(prepare_data, "load_data", lambda folder: tokens)
-    capsys.readouterr()
-    train.report(config, result)
-    text = capsys.readouterr().out
-    assert f"{result['val_ce'] / 0.25:.3f} times the entropy floor" in text and "a sample:" in text, text
-    assert "python train.py --out 'a run' --resume --steps 2" in text, text
-
-    def missing(name):
-        raise UserError("no gpt2 vocabulary")
-
-    monkeypatch.setattr(prepare_data, "get_tokenizer", missing)
-    train.report(config, result)
-    assert "no sample: no gpt2 vocabulary" in capsys.readouterr().out

@@ -5,10 +5,8 @@ in every slot, multiplies exact fractions and leaves sums to Python. It shares n
 """
 
 import doctest
-import hashlib
 import math
 import re
-from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
@@ -18,7 +16,6 @@ import prepare_data
 from prepare_data import GRAMMAR, KINDS, demo_documents, load_data, main
 
 HELD_OUT = 320  # the last documents of the stream, about 60 kB
-PINNED = "16643ad25d90581cda8bef15c243289d53f490070234ef2d1d8cbc41c0f5ad8c"  # sha256 of kind:text, joined by zero bytes
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +63,13 @@ def fillings(source, text, start, memory, used):
             yield start + len(word), Fraction(1), memory, used
 
 
-def test_same_bytes_on_every_machine(documents):
-    """Seed 0 gives these 22,000 documents, byte for byte, on every machine and Python version."""
-    digest = hashlib.sha256("\0".join(f"{kind}:{text}" for kind, text, _ in documents).encode("ascii")).hexdigest()
-    assert digest == PINNED, f"the corpus, and every floor published with it, changed: {digest}"
-
-
-def test_the_demo_knows_its_floor(documents, tmp_path, monkeypatch):
-    """The shards are byte for byte the published ones; floor and val_documents describe the documents of the val shard.
-    """
+def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tmp_path, monkeypatch):
+    """The shards are byte for byte the published ones; floor and val_documents describe what the val shard holds."""
     monkeypatch.setattr(prepare_data, "demo_documents", lambda: documents)  # drawn once is enough
     main(["demo", "--out", str(tmp_path)])
     data = load_data(tmp_path)
     sums = [shard["sha256"][:16] for shard in data.meta["shards"]]
-    assert sums == ["7b769ffcf2fece2e", "8338e20abc6dbe18"], sums
+    assert sums == ["7b769ffcf2fece2e", "8338e20abc6dbe18"], f"every floor published with the corpus changes: {sums}"
     held_out, ends = documents[-HELD_OUT:], [0]
     assert bytes(i % 256 for i in data.val[0]) == "".join(text + "\0" for _, text, _ in held_out).encode()
     for (kind, first, end), (true_kind, text, _) in zip(data.meta["val_documents"], held_out, strict=True):
@@ -99,64 +89,18 @@ def test_every_text_has_one_derivation_and_log_prob_is_its_probability(documents
 
 
 def test_no_document_is_the_beginning_of_another(documents):
-    """No text is a prefix of another one (or the same), so that predicting the end of a text costs nothing."""
+    """No text is a prefix of another one, or the same: the end of a text costs nothing, and held-out ones are new."""
     texts = sorted(text for _, text, _ in documents)
     alike = [(one, other) for one, other in pairwise(texts) if other.startswith(one)]
     assert not alike, f"{len(alike)} of {len(texts)} texts begin another one: {alike[:1]}"
 
 
-def test_words_come_as_often_as_their_probability_says(documents):
-    """Counts of the first free word agree with equal chances: the generator draws from the grammar that it scores."""
-    counts = Counter(text.split()[1] for kind, text, _ in documents if kind == "story")
-    expected = sum(counts.values()) / len(GRAMMAR["weather"])
-    chi2 = sum((counts[word] - expected) ** 2 / expected for word in GRAMMAR["weather"])
-    assert chi2 < 35, f"chi-square {chi2:.1f} with 11 degrees of freedom (above 35: p < 0.0003): {counts}"
-
-
-def test_documents_fit_the_context(documents):
-    """End-of-text and a document fit 256 tokens, in printable ASCII without stray white space."""
-    longest = max((text for _, text, _ in documents), key=len)
-    assert len(longest) < 250, f"{len(longest)} bytes:\n{longest}"
-    strange = [text for _, text, _ in documents if not re.fullmatch(r"[ -~\n]+", text) or text != text.strip()]
+def test_documents_fit_the_context_and_held_out_ones_are_no_easier(documents):
+    """End-of-text and a document fit 256 tokens, in printable ASCII; the floor is about 0.22 nats in both splits."""
+    strange = [text for _, text, _ in documents if len(text) >= 250 or not re.fullmatch(r"\S[ -~\n]+\S", text)]
     assert not strange, f"{len(strange)} documents, the first is {strange[0]!r}"
-
-
-def test_no_held_out_document_occurs_in_training(documents):
-    """The last documents of the stream are new: remembering the training text does not help on them."""
-    seen = {text for _, text, _ in documents[:-HELD_OUT]}
-    repeated = [text for _, text, _ in documents[-HELD_OUT:] if text in seen]
-    assert not repeated, f"{len(repeated)} of {HELD_OUT} held-out documents occur in training: {repeated[:1]}"
-
-
-def test_floor_is_the_same_for_both_splits(documents):
-    """The floor lies between 0.20 and 0.25 nats per token, and the held-out documents are no easier than the rest."""
     train, held_out = floor(documents[:-HELD_OUT]), floor(documents[-HELD_OUT:])
-    assert 0.20 < train < 0.25 and 0.20 < held_out < 0.25, f"{train:.4f} in training, {held_out:.4f} held out"
-    assert abs(held_out / train - 1) < 0.02, f"{train:.4f} in training, {held_out:.4f} held out"
-
-
-@pytest.mark.slow
-def test_five_grams_stay_far_above_the_floor(documents):
-    """An add-one 5-gram model (4 bytes of context, 257 symbols) of the training text needs 1.5 times the floor."""
-    stream = "\0".join(text for _, text, _ in documents) + "\0"
-    begin = len(stream) - sum(len(text) + 1 for _, text, _ in documents[-HELD_OUT:])
-    five = Counter(stream[i - 4:i + 1] for i in range(4, begin))
-    four = Counter()
-    for gram, count in five.items():
-        four[gram[:4]] += count
-    held_out = range(begin, len(stream))
-    nats = sum(math.log((four[stream[i - 4:i]] + 257) / (five[stream[i - 4:i + 1]] + 1)) for i in held_out)
-    ratio = nats / len(held_out) / floor(documents[-HELD_OUT:])
-    assert ratio > 1.5, f"the 5-gram model reaches {ratio:.2f} times the floor"
-
-
-def test_sums_are_right(documents):
-    """Every sum has its right answer, at least two things of it."""
-    for text in (text for kind, text, _ in documents if kind == "sums"):
-        sums = re.findall(r" (\d) ([+-]) (\d) = (\d+) ", text)
-        assert len(sums) == 4, f"{len(sums)} sums instead of 4:\n{text}"
-        for a, sign, b, answer in sums:
-            assert int(answer) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 2, f"{a} {sign} {b}:\n{text}"
+    assert 0.20 < train < 0.25 and abs(held_out / train - 1) < 0.02, f"{train:.4f} in training, {held_out:.4f} held out"
 
 
 def test_programs_print_what_they_say(documents):
