@@ -80,7 +80,10 @@ def activation_norms(R, W_g):
 
 
 def coupling_hinge(M, alpha=1.0):
-    """Step 3: M [n, n] -> scalar >= 0.  0 if no entry exceeds alpha times the diagonal entry of its row or column."""
+    """Step 3: M [n, n] -> scalar >= 0.
+
+    It is 0 if no off-diagonal entry exceeds alpha times the diagonal entry of its row, nor of its column.
+    """
     n = len(M)
     bound = alpha * M.diagonal()                                                       # (n,)
     # loss = 1/n^2 sum_i sum_{j != i} max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0)   (equation 3)

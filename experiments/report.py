@@ -3,8 +3,8 @@
     python experiments/report.py              # prints every table, and says which runs are missing
     python experiments/report.py --write      # also puts them into README.md and results/README.md, and draws figures
 
-A table stands in a text below a line `<!-- table: NAME -->`, up to the next empty line. --write replaces it there. The
-figures go to results/figures and need matplotlib.
+A table stands in a text below a line `<!-- table: NAME -->`. --write puts it there, or replaces it. The figures go to
+results/figures and need matplotlib.
 
 Differences are deltas to plain, paired by seed: the same seed has the same batches and initial weights. Behind ± stands
 the standard deviation over seeds, in square brackets the 95 % confidence interval of the mean by Student's t. "Could
@@ -248,12 +248,13 @@ TABLES = {
     "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
     "bench-scaling": lambda _: bench_table("scaling"),
 }
-MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n\n|\Z)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:[|(].*\n)*)")  # a table, or a line in brackets that stands for it
 
 
 def filled(text, results):
     """The text, with every marked table as the result files give it."""
-    return MARK.sub(lambda match: match[1] + TABLES[match[2]](results), text)
+    make = lambda name: TABLES[name](results) if results or name.startswith("bench") else "(not run yet)"
+    return MARK.sub(lambda match: f"{match[1]}{make(match[2])}\n", text)
 
 
 def main(argv=None):

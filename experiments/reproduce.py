@@ -234,7 +234,7 @@ def run(suite, variant, seed, config=None):
     return dict(
         suite=suite, variant=variant, seed=seed, command=f"python experiments/reproduce.py {suite}/{variant}",
         seconds=round(time.perf_counter() - start), floor=data.meta.get("entropy_floor"), data=data.fingerprint,
-        parameters=model.num_params()[0], settings=settings_of(suite, variant, seed), log=log, weights=weights,
+        parameters=model.num_params()[0], settings=settings_of(suite, variant, seed, config), log=log, weights=weights,
         plane=plane(model) if seed == 0 and has_coupling(variant) else None,
         machine=f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else
                 f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
@@ -242,10 +242,10 @@ def run(suite, variant, seed, config=None):
         python=platform.python_version(), torch=torch.__version__)
 
 
-def settings_of(suite, variant, seed):
-    """All settings that a result depends on, as plain values."""
-    config, moe = configs(suite, variant, seed)
-    return {name: value for name, value in {**asdict(config), **asdict(moe)}.items()
+def settings_of(suite, variant, seed, config=None):
+    """All settings that a result depends on, as plain values; config: those of the run, where not the suite's."""
+    usual, moe = configs(suite, variant, seed)
+    return {name: value for name, value in {**asdict(config or usual), **asdict(moe)}.items()
             if name not in ("data", "out", "log_every", "save_every", "device", "sample_tokens", "temperature")}
 
 
@@ -302,7 +302,7 @@ def demo_tokens(seed, documents=40_000):
 
 
 def prepare_long(folder, tokens):
-    """data/demo with at least so many training tokens, none of which is a copy: the grammar under other seeds."""
+    """data/demo with at least so many training tokens, from the grammar under other seeds."""
     meta = json.loads(Path("data/demo/meta.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     (old,) = [shard for shard in meta["shards"] if shard["name"].startswith("val")]
@@ -369,7 +369,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("variants", nargs="*", help="such as n16/plain (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
-    parser.add_argument("--long", action="store_true", help="longer runs, on text that is never seen twice")
+    parser.add_argument("--long", action="store_true", help="longer runs, on as much text as they train on")
     parser.add_argument("--budget", type=float, default=120, help="seconds for --long (default: 120)")
     parser.add_argument("--out", default=str(RESULTS / "gpu"), help="folder for the results of --long")
     parser.add_argument("--again", type=int, metavar="SEED", help="train a finished run again, and compare")

@@ -18,16 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # erc_moe.py lies 
 import torch
 import torch.nn.functional as F
 
-from erc_moe import (
-    MoE,
-    MoETransformer,
-    activation_norms,
-    at_least_float32,
-    coupling_hinge,
-    noise_bound,
-    parameter,
-    perturb,
-)
+from erc_moe import MoE, MoETransformer, activation_norms, at_least_float32, coupling_hinge, noise_bound, parameter
+from erc_moe import perturb
 from train import keyed_generator
 
 # ---- Autonomy-of-Experts, and dense ----

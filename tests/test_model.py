@@ -4,6 +4,7 @@ References are loops over tokens, in float64, or arithmetic done by hand. Attent
 compared with Hugging Face's in test_olmoe.py, and compiled in test_gpu.py.
 """
 
+import ast
 import copy
 import inspect
 import re
@@ -291,41 +292,71 @@ def test_shapes_that_cannot_work_are_refused_with_the_numbers(changes, message):
         small(**changes)
 
 
-def test_every_shape_comment_is_true():
-    """Runs the file with a different size for every letter, and compares each line that assigns tensors and ends in a
-    comment like # (N, K), (n,) or # (n, n, D) -> (n, n) or # (B, T, d) each with what it assigned."""
-    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, d=48, D=24)  # d/H = 16, d/H/2 = 8: all different
-    claims, seen, wrong, previous = {}, set(), [], {}
-    for number, line in enumerate(inspect.getsource(erc_moe).splitlines(), 1):
-        if found := re.match(r" +(\w[\w, ]*) = .*  # (\(.*)", line):
-            names, comment = found[1].split(", "), re.sub(r"\([^()]*\) (->|\+) ", "", found[2])
-            claims[number] = names, re.findall(r"\([^()]*\)", comment) * (len(names) if ") each" in comment else 1)
+def shape_comments():
+    """{line number: (assigned names or None for a return, claimed shapes)} for each statement of erc_moe.py that ends
+    in a comment like # (N, K), (N, K) or # (n, n, D) -> (n, n) or # (B, T, d) each."""
+    source = inspect.getsource(erc_moe)
+    claims = {}
+    for node in ast.walk(ast.parse(source)):
+        line = source.splitlines()[getattr(node, "end_lineno", 1) - 1]
+        comment = line[line.rindex("# ") + 2:] if "  # " in line else ""
+        if isinstance(node, (ast.Assign, ast.Return)) and comment.startswith("("):
+            comment = re.sub(r"\([^()]*\) (->|\+) ", "", comment)  # of (n, n, D) -> (n, n), the last one counts
+            shapes = re.findall(r"\([^()]*\)", comment)
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            names = [name.id for name in getattr(target, "elts", [target])] if target else None
+            if re.search(r"\) each", comment):
+                shapes = shapes[:1] * (len(names) if names else 2)
+            claims[node.end_lineno] = names, shapes
+    return claims
 
-    def trace(frame, event, result):
-        if frame.f_code.co_filename != erc_moe.__file__ or frame.f_code.co_name.startswith("<"):
-            return None
+
+def test_every_shape_comment_is_true():
+    """Runs the file with a different size for every letter, and compares each commented line with what it assigned."""
+    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, d=48, D=24)  # d/H = 16, d/H/2 = 8: all different
+    config = MoEConfig(size["V"], size["T"], size["L"], size["H"], size["d"], size["D"], size["n"], size["K"])
+    claims, seen, wrong, previous = shape_comments(), set(), [], {}
+
+    def check(frame, event, result):
         line = previous.pop(frame, None)  # a line is announced before it runs, so look at the one before
-        if line in claims:
+        if line in claims and event in ("line", "return"):
             names, shapes = claims[line]
-            found = [tuple(frame.f_locals[name].shape) for name in names]
+            values = [frame.f_locals[name] for name in names] if names else result
+            values = values if isinstance(values, (list, tuple)) else [values]
+            found = [tuple(value.shape) for value in values]
             seen.add(line)
             if found != [eval(shape, dict(size)) for shape in shapes]:
                 wrong.append(f"line {line} claims {shapes}, but has {found}")
         previous[frame] = frame.f_lineno
-        return trace
+        return check
 
-    tokens, before = torch.randint(size["V"], (size["B"], size["T"])), sys.gettrace()
+    def trace(frame, event, result):
+        inside = frame.f_code.co_filename == erc_moe.__file__ and not frame.f_code.co_name.startswith("<")
+        return check(frame, event, result) if inside else None
+
+    torch.manual_seed(0)
+    tokens = torch.randint(size["V"], (size["B"], size["T"]))
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
-        model = MoETransformer(MoEConfig(*(size[letter] for letter in "VTLHdDnK")))
-        model(tokens, tokens)
+        model = MoETransformer(config)
+        output = model(tokens, tokens)
         model.erc_loss()
         M = erc_moe.activation_norms(model.moe_layers()[0].R, model.moe_layers()[0].W_g)
         erc_moe.coupling_report(M)
         erc_moe.heat_map(M)
         for temperature in (0, 1.0):
             model.generate(tokens, 1, temperature, stop=0)
+        x, stats = model.blocks[0](torch.randn(4, size["T"], 48), model.cos, model.sin)
     finally:
         sys.settrace(before)
+
+    for fields in (stats, output):  # the comments in the two named tuples: "scalar, ..." or a shape
+        for name, comment in re.findall(r"(\w+): torch.Tensor.*  # (.*)", inspect.getsource(type(fields))):
+            claim = () if comment.startswith("scalar") else eval(re.match(r"\(.*?\)", comment)[0], dict(size))
+            if getattr(fields, name).shape != claim:
+                wrong.append(f"{type(fields).__name__}.{name} claims {claim}, is {list(getattr(fields, name).shape)}")
     assert not wrong, "; ".join(wrong)
-    assert seen == set(claims) and len(seen) > 30, f"{len(seen)} checked; never ran: {sorted(set(claims) - seen)}"
+    assert x.shape == (4, size["T"], 48), f"a block should return [B, T, d], returned {list(x.shape)}"
+    never = set(claims) - seen
+    assert not never and len(seen) > 40, f"{len(seen)} checked; never ran: lines {sorted(never)}"

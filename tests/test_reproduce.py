@@ -5,6 +5,7 @@ tables and figures say what the results say. Nothing here trains for long.
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import figures
@@ -69,6 +70,8 @@ def test_a_run_leaves_a_result_that_can_be_loaded(data, monkeypatch, tmp_path):
     result = reproduce.load(tmp_path / "n16" / "erc-1-0.json")
     assert [one["step"] for one in result["weights"]] == [0, 2, 4] and "M" in result["weights"][-1]
     assert result["log"][-1]["step"] == 4 and result["log"][-1]["val_ce"] > 0
+    longer = replace(reproduce.configs("n16", "erc-1", 0)[0], steps=6)
+    assert reproduce.run("n16", "erc-1", 0, longer)["settings"]["steps"] == 6, "a longer run says how long it was"
     monkeypatch.setattr(reproduce, "run", lambda *job: pytest.fail(f"{job} has a result already"))
     assert reproduce.main(["n16/erc-1"]) == 0
     monkeypatch.undo()
@@ -131,11 +134,14 @@ def test_an_interval_is_students_and_deltas_are_paired():
 
 
 def test_tables_go_below_their_marks_and_nowhere_else():
-    """What stands below a mark, up to the empty line, is replaced; the rest stays to the letter."""
-    old = "before\n\n<!-- table: main -->\n| old |\n|---|\n\nafter | a |\n"
-    new = report.filled(old, Some(dict(plain=2)))
-    assert new.startswith("before\n\n<!-- table: main -->\n|  | seeds | val_ce |"), new
-    assert new.endswith("|\n\nafter | a |\n") and "old" not in new, new
+    """An old table below a mark is replaced, a mark without one gets one; the rest stays to the letter."""
+    for below in ("| old |\n|---|\n", "(old)\n", ""):
+        old = f"before\n\n<!-- table: main -->\n{below}\nafter | a |\n\nend\n"
+        new = report.filled(old, Some(dict(plain=2)))
+        assert new.startswith("before\n\n<!-- table: main -->\n|  | seeds | val_ce |"), new
+        assert new.endswith("|\n\nafter | a |\n\nend\n") and "old" not in new, new
+        assert report.filled(new, Some(dict(plain=2))) == new, "filled twice is not filled once"
+        assert "(not run yet)\n\nafter" in report.filled(old, Some({})), "without results a line says so"
 
 
 # ---- Figures ----
