@@ -45,10 +45,9 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.no_grad()  # a constant of the loss: with a gradient, rows would also move to make their own noise smaller
 def noise_bound(R):
     """How far noise may move each router row, relative to the row's length.  R [n, d] -> epsilon [n], section 3.2."""
-    R = at_least_float32(R)
+    R = at_least_float32(R).detach()  # else rows would also move to make their own noise smaller
     # Without a matrix product: it would lose the small distance between two long, nearly equal rows.
     distance = torch.cdist(R, R, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))     # (n, n)
     # epsilon_i = min_{j != i} ||R[i] - R[j]|| / (2 ||R[i]||)                                      (equation 4)

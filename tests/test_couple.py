@@ -188,6 +188,9 @@ def test_the_noise_is_that_of_the_step():
 # ---- Several processes ---------------------------------------------------------------------------
 
 
+DDP_OPTIONS = ("", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+
+
 def batch(step, process):
     return torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(10 * step + process))
 
@@ -200,13 +203,15 @@ def worker(folder):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo")
-    process, model = dist.get_rank(), hugging_face_model()
+    process = dist.get_rank()
     torch.manual_seed(process)  # the global streams of two processes differ, and may
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
-    for step in range(3):
-        couple.training_step(wrapped, optimizer, scaler, [batch(step, process)], step)
-    torch.save(model.state_dict(), Path(folder, f"ddp{process}.pt"))
+    for option in DDP_OPTIONS:
+        model = hugging_face_model()
+        wrapped = nn.parallel.DistributedDataParallel(model, **{option: True} if option else {})
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+        for step in range(3):
+            couple.training_step(wrapped, optimizer, scaler, [batch(step, process)], step)
+        torch.save(model.state_dict(), Path(folder, f"ddp-{option}-{process}.pt"))
     mesh = init_device_mesh("cpu", (2,))
     fused, listed, parallel = hugging_face_model(num_experts=5), Listed().double(), hugging_face_model()
     before = [copy.deepcopy(model) for model in (fused, listed, parallel)]
@@ -242,11 +247,13 @@ def two_processes(tmp_path_factory):
     return folder, done
 
 
-def test_two_processes_keep_the_same_weights_and_learn_what_one_does(two_processes):
+@pytest.mark.parametrize("option", DDP_OPTIONS)
+def test_two_processes_keep_the_same_weights_and_learn_what_one_does(two_processes, option):
     """Under DDP, after three steps, the replicas are equal to the bit; one process with both batches gets there too."""
     folder, done = two_processes
-    assert Path(folder, "ddp0.pt").exists() and Path(folder, "ddp1.pt").exists(), done.stderr[-3000:]
-    one, other = (torch.load(folder / f"ddp{process}.pt") for process in range(2))
+    paths = [folder / f"ddp-{option}-{process}.pt" for process in range(2)]
+    assert all(path.exists() for path in paths), done.stderr[-3000:]
+    one, other = map(torch.load, paths)
     assert farthest(one, other) == 0, f"the replicas differ by {farthest(one, other):.1e}"
     model = hugging_face_model()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
