@@ -94,6 +94,20 @@ def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
     assert total() < before / 2, f"the ERC loss went from {before:.5f} to {total():.5f}"
 
 
+def test_the_question_to_a_layer_tells_the_gate_half_from_others():
+    """On a random OLMoE layer: yes for the first half of gate_up_proj, no for the second and every other row."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    layer = transformers.models.olmoe.modeling_olmoe.OlmoeSparseMoeBlock(transformers.OlmoeConfig(
+        hidden_size=32, intermediate_size=16, num_experts=4, num_experts_per_tok=2))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    fused, x = layer.experts.gate_up_proj.transpose(1, 2), torch.randn(9, 32)
+    for W_g, right in ((fused[:, :, :16], True), (fused[:, :, 16:], False), (fused[:, :, ::2], False)):
+        with torch.no_grad(), contextlib.nullcontext() if right else pytest.raises(AssertionError):
+            run_block("needs a layer", layer=layer, x=x, W_g=W_g, seen=[])
+
+
 def commands():
     """What the README says to run, in blocks and in lines."""
     text = "\n".join([block["text"] for block in BLOCKS if block["kind"] == "sh"] + re.findall(r"`(.*?)`", README))
