@@ -135,9 +135,9 @@ class MoEConfig:
 
     vocab_size: int = setting(512, "V, token ids the model knows")
     context_length: int = setting(256, "T, most tokens in a sequence")
-    n_layers: int = setting(2, "L, transformer blocks, each with attention and a Mixture of Experts")
-    n_heads: int = setting(4, "H, attention heads")
-    d_model: int = setting(128, "d, width of the model")
+    n_layers: int = setting(3, "L, transformer blocks, each with attention and a Mixture of Experts")
+    n_heads: int = setting(3, "H, attention heads")
+    d_model: int = setting(96, "d, width of the model")
     d_expert: int = setting(64, "D, width inside an expert")
     n_experts: int = setting(16, "n, experts in each layer; 1 with --top-k 1 makes a dense model")
     top_k: int = setting(2, "K, experts that each token uses")
