@@ -57,15 +57,15 @@ def test_the_printed_loss_is_erc_loss_to_the_last_digit():
 def run_block(note, **names):
     """Runs the Python block that stands under this note."""
     (block,) = [block for block in BLOCKS if block["note"] == note]
-    exec(block["text"], dict(names, torch=torch, erc_loss=erc_moe.erc_loss))
+    exec(block["text"], {**vars(erc_moe), **names})
 
 
 def test_the_snippet_for_a_training_loop_adds_the_gradient():
-    """The three lines to paste into a loop give every R and W_g the gradient of the mean over layers."""
+    """The lines to paste into a loop give every R and W_g the gradient of the mean over layers, times the weight."""
     pasted, ours = (erc_moe.MoETransformer(erc_moe.MoEConfig(n_layers=2)) for _ in range(2))
     ours.load_state_dict(pasted.state_dict())
-    run_block("needs a model: ours", moe_layers=pasted.moe_layers(), device="cpu", step=3)
-    ours.erc_loss(generator=torch.Generator().manual_seed(3)).backward()
+    run_block("needs a model: ours", moe_layers=pasted.moe_layers(), device="cpu", step=3, weight=2.0)
+    (2.0 * ours.erc_loss(generator=torch.Generator().manual_seed(3))).backward()
     for one, other in zip(pasted.moe_layers(), ours.moe_layers()):
         assert torch.allclose(one.R.grad, other.R.grad) and torch.allclose(one.W_g.grad, other.W_g.grad)
 
