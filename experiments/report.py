@@ -185,6 +185,8 @@ def weights_table(results, suite="n16"):
              "balance loss, delta to plain [95 % CI]")]
     late = lambda result: statistics.mean(row["balance"] for row in result["log"][len(result["log"]) // 2:])
     for variant in ("plain", "erc-1", "erc-0.5", "no-noise", "orthogonal"):
+        if not results.seeds(suite, variant):
+            continue
         values = lambda of, variant=variant: results.values(suite, variant, of)
         rows.append((NAMES[variant], mean(values(weights("cosine"))), mean(values(weights("neurons"))),
                      mean(values(last("dead"))),
@@ -198,7 +200,7 @@ def noise_table(results, suite="n16"):
              "constraints broken under noise", "gradient in an expert's W_g")]
     part = lambda name, i, step: lambda result: statistics.mean(layer[i] for layer in result["weights"][step][name])
     for variant in ("plain", "erc-1", "no-noise", "closed-form"):
-        for step, when in ((0, "start"), (-1, "end")):
+        for step, when in ((0, "start"), (-1, "end")) if results.seeds(suite, variant) else ():
             values = lambda of, variant=variant: results.values(suite, variant, of)
             rows.append((NAMES[variant] if step == 0 else "", when,
                          *(mean(values(part("noise", i, step)), "{:.4f}") for i in range(4)),
@@ -207,13 +209,28 @@ def noise_table(results, suite="n16"):
     return table(*rows)
 
 
+ALL = [("n16", "", "16 experts, grammar"), ("n16", "-z", "the same, with z-loss 0.001"),
+       ("n16-wide", "", "the same, initial weights of std d^-0.5"), ("n64", "", "64 experts, grammar"),
+       ("text", "", "32 experts, source code")]
+
+
+def short_table(results):
+    """The README's: quality, and whether tokens follow, with ERC and without."""
+    rows = [("", "seeds", "val_ce, plain", "ERC, alpha 1: delta [95 % CI]", "could show", "agreement, plain", "alpha 1",
+             "alpha 0.5")]
+    for suite, ending, title in ALL:
+        plain, one, half = (name + ending for name in ("plain", "erc-1", "erc-0.5"))
+        if pairs := results.paired(suite, one, last("val_ce"), plain):
+            rows.append((title, len(pairs), mean(results.values(suite, plain, last("val_ce")), "{:.4f}"), delta(pairs),
+                         could_show(pairs), *(mean(results.values(suite, name, last("agreement")), "{:.0%}")
+                                              for name in (plain, one, half))))
+    return table(*rows)
+
+
 def agreement_table(results):
     """Do tokens follow? With the paper's initial weights, with larger ones, with a z-loss, on text."""
     rows = [("", "plain", "ERC, alpha 1", "delta, points [95 % CI]", "ERC, alpha 0.5", "delta, points [95 % CI]")]
-    for suite, title, ending in (("n16", "n = 16, initial weights of std 0.02", ""),
-                                 ("n16", "n = 16, with z-loss 0.001", "-z"),
-                                 ("n16-wide", "n = 16, initial weights of std d^-0.5", ""),
-                                 ("n64", "n = 64", ""), ("text", "n = 32, source code", "")):
+    for suite, ending, title in ALL:
         cells = [mean(results.values(suite, f"plain{ending}", last("agreement")), "{:.0%}")]
         for variant in ("erc-1", "erc-0.5"):
             pairs = [100 * value for value in
@@ -237,7 +254,7 @@ def suite_table(suite, *names):
 
 
 TABLES = {
-    "short": suite_table("n16", "plain", "erc-1", "erc-0.5", "aoe"),
+    "short": short_table,
     "main": suite_table("n16", "plain", "erc-1", "erc-0.5", "aoe", "dense", "plain-z", "erc-1-z"),
     "decoupled": decoupled_table, "norms": norms_table, "weights": weights_table,
     "alphas": suite_table("n16", *(f"erc-{alpha}" for alpha in ("0", "0.4", "0.5", "0.6", "0.8", "1", "2", "3"))),
