@@ -62,11 +62,11 @@ def coupling(fig, results):
     for ax, (label, end) in zip(axes, panels):
         M, n = end["M"][-1], len(end["M"][-1])
         broken = sum((M[i][j] > M[i][i]) + (M[j][i] > M[i][i]) for i in range(n) for j in range(n) if j != i)
-        image = heat(ax, M, f"{label}\n{broken / (2 * n * (n - 1)):.0%} of the constraints broken")
+        image = heat(ax, M, f"{label}, last layer, seed 0\n{broken / (2 * n * (n - 1)):.0%} of its constraints broken")
         ax.set(xticks=range(0, n, 5), yticks=range(0, n, 5))
     bar = fig.colorbar(image, ax=list(axes), ticks=[0.4, 0.6, 1, 1.6, 2.5], format="{x:g}", extend="both")
     bar.minorticks_off()
-    bar.set_label("M[i,j] / M[i,i] in the last layer\n(red: stronger than i's own expert)")
+    bar.set_label("M[i,j] / M[i,i]\n(red: stronger than i's own expert)")
     return True
 
 

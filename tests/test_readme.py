@@ -152,6 +152,16 @@ def test_the_tables_are_those_of_the_result_files(path):
     assert len(report.MARK.findall(report.TEXTS[1].read_text(encoding="utf-8"))) >= 2, "this test is blind"
 
 
+def test_the_findings_in_words_have_their_numbers_from_the_tables():
+    """Each decimal and percentage below the README's table stands in a table of the results."""
+    words = README.partition("<!-- table: short -->")[2].partition("## Use it")[0]
+    words = "\n".join(line for line in words.splitlines() if not line.startswith("|"))
+    cells = {cell.strip() for line in report.TEXTS[1].read_text(encoding="utf-8").splitlines() if line.startswith("|")
+             for cell in line.split("|")}
+    said = {number.replace(" ", "") for number in re.findall(r"\d+\.\d+|\d+ %", words)}
+    assert len(said) > 2 and said <= cells, f"in no table: {said - cells}"
+
+
 def test_every_picture_is_there():
     """Images that the texts show lie where they say."""
     found = [path.parent / name for path in report.TEXTS
