@@ -10,8 +10,9 @@ so a token may well be sent to an expert that is not good at it. The ERC loss ti
                R~[i] = R[i] * delta_i,  delta_i ~ Uniform(1 - epsilon_i, 1 + epsilon_i)^d
   2. Probe.    Show every proxy to every expert. Measure how strongly the expert's gate matrix W_g responds:
                M[i, j] = || R~[i] W_g[j] ||
-  3. Hinge.    Row i of M: no other expert may respond to proxy i more than expert i does. Column i of M: expert i may
-               respond to no other proxy more than to its own. alpha sets how much more; smaller is stricter:
+  3. Hinge.    Row i of M: no other expert may respond to proxy i more than alpha times as strongly as expert i does.
+               Column i: expert i may respond to no other proxy more than alpha times as strongly as to its own. A
+               smaller alpha is stricter. What exceeds this is the loss:
                loss = 1/n^2 sum_i sum_{j != i} max(M[i,j] - alpha M[i,i], 0) + max(M[j,i] - alpha M[i,i], 0)
 
 The loss is a function of the weights alone. It costs n^2 small products per layer, whatever the batch, once per
@@ -47,7 +48,7 @@ def at_least_float32(x):
 
 def noise_bound(R):
     """How far noise may move each router row, relative to the row's length.  R [n, d] -> epsilon [n], section 3.2."""
-    R = at_least_float32(R).detach()  # else rows would also move to make their own noise smaller
+    R = at_least_float32(R).detach()  # a constant: else rows would also move to shrink their own noise
     # Without a matrix product: it would lose the small distance between two long, nearly equal rows.
     distance = torch.cdist(R, R, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))     # (n, n)
     # epsilon_i = min_{j != i} ||R[i] - R[j]|| / (2 ||R[i]||)                                      (equation 4)
@@ -117,8 +118,9 @@ def coupling_report(M, alpha=1.0):
     n, own = len(M), M.diagonal()
     off = ~torch.eye(n, dtype=torch.bool, device=M.device)                             # (n, n)
     broken = (off & ~(M <= alpha * own[:, None])).sum() + (off & ~(M <= alpha * own[None, :])).sum()
+    violated = broken.to(M.dtype) / max(1, 2 * n * (n - 1))
     others = M.masked_fill(~off, 0).sum() / (n * (n - 1)) if n > 1 else own.mean()
-    return broken.to(M.dtype) / max(1, 2 * n * (n - 1)), own.mean() / others.clamp(min=torch.finfo(M.dtype).tiny)
+    return violated, own.mean() / others.clamp(min=torch.finfo(M.dtype).tiny)
 
 
 # ---- ... and this line. It needs `import torch` and nothing else. ----------------------------------------------------
@@ -205,7 +207,7 @@ class MoE(nn.Module):
         self.W_o = parameter(n, D, d, std=std * (2 * config.n_layers) ** -0.5)
 
     def route(self, x):
-        """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K].  Without noise, which is the loss's.
+        """x [N, d] -> logits [N, n], probs [N, n], weights [N, K], experts [N, K].  Tokens meet R without noise.
 
         To try another router, change this function. The ERC loss needs an R [n, d] that scores tokens by x R^T.
         balance_loss takes any scores above 0. z_loss takes logits of a softmax: with a sigmoid router, leave it out.
@@ -227,7 +229,7 @@ class MoE(nn.Module):
         expert, order = experts.flatten().sort(stable=True)                            # (N*K,), (N*K,)
         token = order // self.top_k                                                    # (N*K,) which token is in a row
         numbers = torch.arange(len(self.R), device=x.device)                           # (n,)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) end of expert j's rows
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) rows of experts 0 to j: j's end
         load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
 
         # SiLU(x W_g) * (x W_p), then W_o, each expert on its own rows. grouped_mm ignores autocast, so we cast.
@@ -370,8 +372,8 @@ class MoETransformer(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=1.0, generator=None, stop=None, vocab_size=None):
         """Continues tokens [B, T >= 1] by up to max_new_tokens -> [B, T + new].
 
-        Temperature 0 takes the likeliest token. Ends early once every sequence has drawn `stop`; until then those that
-        did go on, too. Ids from vocab_size on, which only pad the vocabulary, are never drawn.
+        Temperature 0 takes the likeliest token. Ends early once every sequence has drawn `stop`. A sequence that has
+        drawn it goes on while others have not. Ids from vocab_size on, which only pad the vocabulary, are never drawn.
         """
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)        # (B,)
         for _ in range(max_new_tokens):
@@ -395,7 +397,7 @@ def heat_map(M):
 
 if __name__ == "__main__":
     # The loss at work on random weights, without any data. At first, half of all constraints are broken. After 60 steps
-    # of Adam, each diagonal entry of M is the largest of its row and column. M is shown without noise.
+    # of Adam, each diagonal entry of M is the largest of its row and column. The loss has noise, the M shown has none.
     torch.manual_seed(0)
     R, W_g = parameter(8, 64, std=64**-0.5), parameter(8, 64, 32, std=64**-0.5)
     optimizer = torch.optim.Adam([R, W_g], lr=3e-3)

@@ -383,7 +383,7 @@ MISTAKES = {
         "amin(dim=1) / (2 * torch.linalg", "amin(dim=1) / (torch.linalg",
         test_epsilon_is_half_the_relative_distance_to_the_nearest_other_row),
     "a gradient through epsilon": (
-        "at_least_float32(R).detach()  # else", "at_least_float32(R)  # else",
+        "at_least_float32(R).detach()  # a constant", "at_least_float32(R)  # a constant",
         test_epsilon_is_half_the_relative_distance_to_the_nearest_other_row),
     "M transposed": (
         "(response, dim=-1).T", "(response, dim=-1)", test_M_ij_is_the_response_of_expert_j_to_proxy_i),

@@ -75,14 +75,16 @@ def steps(fig, results):
     R = torch.tensor([[3.0, 1.0], [1.0, 3.0], [-2.0, 2.0]])
     W_g = torch.tensor([[[1.0, 0.0], [0.0, 0.2]], [[0.0, 0.7], [0.9, 0.0]], [[0.5, 0.0], [0.0, 1.0]]])
     epsilon, colours = noise_bound(R), ("#0072B2", "#D55E00", "#009E73")
-    M = activation_norms(R, W_g)
-    fig.set_size_inches(8, 2.9)
+    M = activation_norms(perturb(R, epsilon, torch.Generator().manual_seed(0)), W_g)  # the README's draw
+    fig.set_size_inches(8, 2.7)
+    fig.set_layout_engine("compressed")  # else square panels overflow
     perturbed, probe, hinge = fig.subplots(1, 3)
     for i, colour in enumerate(colours):
         draws = torch.stack([perturb(R, epsilon, torch.Generator().manual_seed(s))[i] for s in range(200)])
         perturbed.plot(*draws.T.tolist(), ".", color=colour, markersize=2, alpha=0.5)
         perturbed.annotate("", R[i].tolist(), (0, 0), arrowprops=dict(arrowstyle="->", color=colour, linewidth=1.6))
-        perturbed.annotate(f"R[{i}]", R[i].tolist(), xytext=(3, 3), textcoords="offset points", color=colour)
+        perturbed.annotate(f"R[{i}]", R[i].tolist(), xytext=(4, -3), textcoords="offset points", color=colour,
+                           bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
     perturbed.set(title="1. perturb: 200 draws of each proxy", xlim=(-3.6, 5), ylim=(-0.5, 5), aspect="equal")
     excess = (torch.relu(M - M.diagonal()[:, None]) + torch.relu(M - M.diagonal()[None, :])).fill_diagonal_(0)
     for ax, values, title in ((probe, M, "2. probe: M, how strongly\nexpert j responds to proxy i"),
