@@ -2,7 +2,7 @@
 # All that needs a GPU, in one command and 8 minutes: tests, benchmark, a longer miniature, a run on real text.
 #
 #   bash experiments/gpu.sh                # writes to experiments/results/gpu, or to the folder $OUT
-#   bash experiments/gpu.sh long text      # only these of: tests bench compiled long text
+#   bash experiments/gpu.sh long text      # only these of: tests bench long text compiled
 #   bash experiments/gpu.sh --rehearse     # all parts in small, on a CPU, in about a minute
 #
 # It needs torch, tiktoken and tqdm, and no network; the tests need pytest, one contender of the benchmark transformers.
@@ -21,19 +21,19 @@ cd "$work" || exit 1
 
 rehearse= failed=0
 [[ ${1:-} != --rehearse ]] || { rehearse=yes; shift; }
-parts=" ${*:-tests bench compiled long text} "
-tests=(-m gpu) rounds=(--rounds 30 --seconds 10) compiled=(--compile --only step presets)
-text=(--steps 1000 --warmup 100 --eval-every 250 --log-every 50)
-long=("$root/experiments/reproduce.py" --long --out "$OUT" --budget)
+parts=" ${*:-tests bench long text compiled} "
+tests=(-m gpu) rounds=(--rounds 30 --seconds 6)
+text=(--steps 600 --warmup 100 --eval-every 200 --log-every 50)
+long=("$root/experiments/reproduce.py" --long --out "$OUT" --budget 60)
 if [[ $rehearse ]]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-    tests=(-m slow -k "loop_over_experts or formula") rounds=(--quick --rounds 2) compiled=(--compile --only presets)
+    tests=(-m slow -k "loop_over_experts or formula") rounds=(--quick --rounds 2)
     text=(--steps 4 --warmup 1 --eval-every 2 --log-every 1 --device cpu --context-length 32 --batch-size 2 --accumulate
           1 --n-layers 2 --n-heads 2 --d-model 32 --d-expert 16 --n-experts 4 --top-k 2 --sample-tokens 20)
     long=(-c "import reproduce; reproduce.long_runs(1, '$OUT', 1)")
 fi
 
-prepare() {  # the data of all parts, and compiled kernels, while the tests run
+prepare() {  # the data of all parts, while the tests run
     local tokenizer=gpt2 files=() folder
     if [[ $rehearse ]]; then
         mkdir text
@@ -42,16 +42,15 @@ prepare() {  # the data of all parts, and compiled kernels, while the tests run
         cp -r data/demo data/long
         TEXT=$work/text
     else
-        timeout 60 python3 "$root/prepare_data.py" demo
-        [[ $parts != *" tests "*" compiled "* ]] || timeout 120 python3 "$root/experiments/bench.py" "${compiled[@]}" \
-            --rounds 2 --seconds 0 --out "$work/warm" > /dev/null &
+        timeout -k 5 60 python3 "$root/prepare_data.py" demo
+        timeout -k 5 90 python3 -c 'import pathlib, reproduce
+if __name__ == "__main__": reproduce.prepare_long(pathlib.Path("data/long"), 7_000_000)'
     fi
-    timeout 20 python3 -c 'import tiktoken; tiktoken.get_encoding("gpt2")' 2> /dev/null || tokenizer=bytes
+    timeout -k 5 20 python3 -c 'import tiktoken; tiktoken.get_encoding("gpt2")' 2> /dev/null || tokenizer=bytes
     folder=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
     mapfile -t files < <(find "$folder" -name '*.py' -type f -size +0 ! -path "$folder/*test*" ! -path '*-packages/*')
     [[ -z $TEXT ]] || files=("$TEXT")
-    timeout 100 python3 "$root/prepare_data.py" "${files[@]}" --out data/text --tokenizer "$tokenizer"
-    wait
+    timeout -k 5 100 python3 "$root/prepare_data.py" "${files[@]}" --out data/text --tokenizer "$tokenizer"
 }
 
 part() {  # NAME SECONDS COMMAND...: runs it for at most so long; one that fails does not stop the others
@@ -60,7 +59,7 @@ part() {  # NAME SECONDS COMMAND...: runs it for at most so long; one that fails
     [[ $parts == *" $name "* ]] || return 0
     (( seconds < LIMIT - SECONDS )) || seconds=$((LIMIT - SECONDS))
     echo "==== $name: at $SECONDS s, for at most $seconds s"
-    if (( seconds > 15 )); then timeout -k 10 "$seconds" python3 "$@" || code=$?; else code=124; fi
+    if (( seconds > 15 )); then timeout -s INT -k 10 "$seconds" python3 "$@" || code=$?; else code=124; fi
     (( code == 0 )) || failed=1
     if (( code == 0 )); then code="done"; else code="FAILED with code $code"; fi
     echo "==== $name: $code after $((SECONDS - from)) s"
@@ -80,16 +79,14 @@ elif not sys.argv[1]:
     sys.exit("gpu.sh: error: no GPU here; to see the script run, add --rehearse")
 END
     prepare > prepare.log 2>&1 &
-    part tests 130 -m pytest -c "$root/pytest.ini" -p no:cacheprovider "${tests[@]}" "$root/tests/test_gpu.py"
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} part tests 100 -m pytest -c "$root/pytest.ini" -p no:cacheprovider \
+        "${tests[@]}" "$root/tests/test_gpu.py"
     wait
     cat prepare.log
-    part bench 120 "$root/experiments/bench.py" "${rounds[@]}" --out "$OUT"
-    part compiled 120 "$root/experiments/bench.py" "${rounds[@]}" --out "$OUT" "${compiled[@]}"
-    left=$((LIMIT - SECONDS))
-    [[ $parts != *" text "* ]] || left=$((left - 110))
-    [[ $rehearse ]] || long+=($((left > 40 ? left - 40 : 1)))
-    part long "$left" "${long[@]}"
-    part text 110 "$root/train.py" --preset tinystories --data data/text --out run --save-every 0 "${text[@]}"
+    part bench 110 "$root/experiments/bench.py" "${rounds[@]}" --out "$OUT"
+    part long 110 "${long[@]}"
+    part text 80 "$root/train.py" --preset tinystories --data data/text --out run --save-every 0 "${text[@]}"
+    part compiled "$LIMIT" "$root/experiments/bench.py" "${rounds[@]}" --out "$OUT" --compile --only presets
     [[ ! -f run/log.csv ]] || cat run/log.csv
     return $failed
 }
