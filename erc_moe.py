@@ -229,7 +229,7 @@ class MoE(nn.Module):
         expert, order = experts.flatten().sort(stable=True)                            # (N*K,), (N*K,)
         token = order // self.top_k                                                    # (N*K,) which token is in a row
         numbers = torch.arange(len(self.R), device=x.device)                           # (n,)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) rows of experts 0 to j: j's end
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) rows of experts 0 to j
         load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
 
         # SiLU(x W_g) * (x W_p), then W_o, each expert on its own rows. grouped_mm ignores autocast, so we cast.

@@ -327,9 +327,11 @@ class Run:
 
     def restore(self, state):
         """Goes on from a checkpoint. UserError where data or number of processes are not those it was saved with."""
-        for name, here in dict(data=self.data.fingerprint, processes=self.processes).items():
-            if state[name] != here:
-                raise UserError(f"the run to resume had other {name} ({state[name]}, not {here}); use the same again")
+        if state["data"] != self.data.fingerprint:
+            raise UserError(f"the run to resume had other data than {self.config.data}; name its folder with --data")
+        if state["processes"] != self.processes:
+            raise UserError(f"the run to resume had {state['processes']} processes, not {self.processes}; start as"
+                            " many again")
         for name in ("model", "optimizer", "scaler"):
             if state[name]:  # a scaler's is empty unless float16, and --dtype auto may be another type here
                 getattr(self, name).load_state_dict(state[name])
@@ -579,7 +581,7 @@ def choose(options):
                              f" {values['out']}; leave it out, or start a new run with another --out")
     config, moe = configs({**state["config"], **explicit, "out": values["out"]})
     if options.resume and state["step"] >= config.steps:
-        raise ValueError(f"{config.out} is finished, at step {state['step']}; to train on, add --steps N")
+        raise ValueError(f"{config.out} is finished, at step {state['step']}; to train on, add --steps N, N above that")
     return config, moe, state
 
 
