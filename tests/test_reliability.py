@@ -275,7 +275,9 @@ def test_torchrun_and_its_workers_are_told_at_once(data):
     """SIGTERM to all three processes, twice within 50 ms, as schedulers send it: saved at the last logged step."""
     command, environment = torchrun(*argv(data, steps=100_000, save_every=0, eval_every=0))
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    threading.Timer(200, process.kill).start()
+    watchdog = threading.Timer(200, process.kill)
+    watchdog.daemon = True  # else pytest would wait for it at its end
+    watchdog.start()
     while not (Path("out/log.csv").exists() and log()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
