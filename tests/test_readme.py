@@ -178,10 +178,13 @@ def test_every_file_it_names_exists():
     assert named and not missing, missing
 
 
-def test_the_parameter_counts_of_the_presets_are_right():
-    """Total and active parameters of both presets, in millions, computed from the settings."""
+def test_the_sizes_of_the_presets_are_right():
+    """Total and active parameters of both presets, in millions, and their steps and batches, from the settings."""
     for preset in ("tinystories", "openwebtext"):
-        _, moe = train.configs({**train.PRESETS[preset], "vocab_size": 50304})
+        config, moe = train.configs({**train.PRESETS[preset], "vocab_size": 50304})
+        row = (f"| `{preset}` | {config.steps:,} | {config.accumulate} micro-batches of {config.batch_size} x"
+               f" {moe.context_length:,} |")
+        assert row in README, row
         d, layers, expert = moe.d_model, moe.n_layers, 3 * moe.d_model * moe.d_expert
         rest = 2 * 50304 * d + d + layers * (4 * d * d + moe.n_experts * d + 4 * d)
         total, active = (rest + layers * count * expert for count in (moe.n_experts, moe.top_k))
