@@ -86,7 +86,7 @@ def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
     before, optimizer = total(), torch.optim.SGD(model.parameters(), lr=0.3)
     for step in range(20):
         optimizer.zero_grad()
-        run_block("needs a model: OLMoE", model=model, noise=torch.Generator().manual_seed(step))
+        run_block("needs a model: OLMoE", model=model, weight=1.0, noise=torch.Generator().manual_seed(step))
         touched = {name.split(".mlp.")[-1] for name, p in model.named_parameters() if p.grad is not None}
         ups = [layer.mlp.experts.gate_up_proj.grad[:, 16:] for layer in model.model.layers]
         assert touched == {"gate.weight", "experts.gate_up_proj"} and not any(up.any() for up in ups), touched
