@@ -241,12 +241,12 @@ def agreement_table(results):
     return table(*rows)
 
 
-def bench_table(section, i=0):
-    """The i-th table of a section of the benchmark."""
+def bench_table(section):
+    """The first table of a section of the benchmark."""
     if not BENCH.exists():
         return "(needs python experiments/bench.py)"
     shown = bench.SECTIONS[section][1](json.loads(BENCH.read_text(encoding="utf-8"))[section])
-    return [part for part in shown.split("\n\n") if part.startswith("|")][i]
+    return [part for part in shown.split("\n\n") if part.startswith("|")][0]
 
 
 def suite_table(suite, *names):
@@ -263,7 +263,6 @@ TABLES = {
     "noise": noise_table, "agreement": agreement_table, "wide": suite_table("n16-wide"), "n64": suite_table("n64"),
     "text": suite_table("text"),
     "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
-    "bench-scaling": lambda _: bench_table("scaling"),
 }
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:[|(].*\n)*)")  # a table, or a line in brackets that stands for it
 
