@@ -158,13 +158,16 @@ def agreement(fig, results):
     panels = [suite for suite in ("n16", "n64", "text") if results.seeds(suite, "plain")]
     if not panels:
         return False
-    for ax, suite in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, suite in zip(axes, panels):
         lines(ax, results, suite, ("plain", "erc-1", "erc-0.5"), "agreement", marker="o", markersize=3)
         n = SUITES[suite].moe.n_experts
-        ax.axhline(1 / n, color="#666666", linestyle="--", linewidth=1, label=f"chance, 1/{n}")
+        ax.axhline(1 / n, color="#666666", linestyle="--", linewidth=1)
+        ax.annotate(f"chance, 1/{n}", (1, 1 / n), (-4, 3), ("axes fraction", "data"), "offset points", ha="right",
+                    fontsize=7.5, color="#666666")
         ax.set(title=f"{suite}: agreement on validation tokens", xlabel="step", ylim=0)
         ax.yaxis.set_major_formatter("{x:.0%}")
-        ax.legend(fontsize=7.5, loc=(0.03, 0.15))  # above the line of chance
+    axes[0].legend(fontsize=7.5, loc=(0.03, 0.15))
     return True
 
 
