@@ -101,7 +101,7 @@ def expert_by_expert(moe, x, y_grad):
 
 
 @pytest.mark.parametrize("case", ["spread", "three empty", "all on one"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 def test_the_layer_is_a_loop_over_experts(device, dtype, tolerance, case):
     """Output and gradients, those of each expert for itself; an expert without tokens has a gradient of exactly 0. In
     float32 on a CPU, the largest of 60 draws is 0.9e-5: the gradient of R is a small difference of large numbers.
@@ -123,7 +123,7 @@ def test_the_layer_is_a_loop_over_experts(device, dtype, tolerance, case):
     assert max(off.values()) < tolerance, {name: f"{value:.1e}" for name, value in off.items() if value >= tolerance}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_the_model_computes_what_it_computes_on_a_cpu(device, dtype, tolerance):
     """Logits, cross-entropy and all gradients of the same weights, against float32 on the CPU. In bfloat16 a tenth of a
     gradient is rounding, up to 0.135 on eight seeds: tokens between two experts go to the other one.
