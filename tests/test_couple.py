@@ -204,9 +204,9 @@ def worker(folder):
 
     dist.init_process_group("gloo")
     process = dist.get_rank()
-    torch.manual_seed(process)  # the global streams of two processes differ, and may
     for option in DDP_OPTIONS:
         model = hugging_face_model()
+        torch.manual_seed(process)  # the global streams of two processes differ, and may
         wrapped = nn.parallel.DistributedDataParallel(model, **{option: True} if option else {})
         optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
         for step in range(3):
