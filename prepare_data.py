@@ -515,13 +515,15 @@ def tokenise(args, source, files, write):
     else:
         pieces = (piece for path in files for piece in read_text(path))
     ends = write(pieces, limit, sum(path.stat().st_size for path in files) or None)
-    cuts = ends if len(ends) > 1 else range(1, ends[0] + 1)  # a single document is cut between tokens
-    n = len(cuts)
-    kept = max(1, n - max(1, round((args.val_fraction or VAL_FRACTION.get(source, 0.1)) * n)))
-    split = cuts[kept - 1]
-    if not documents or cuts is not ends:
+    n, total, fraction = len(ends), ends[-1], args.val_fraction or VAL_FRACTION.get(source, 0.1)
+    kept = max(1, n - max(1, round(fraction * n)))
+    split = ends[kept - 1]
+    whole = fraction / 2 <= (total - split) / total <= 2 * fraction
+    if not whole:  # few documents, or very long ones: cut between tokens
+        split = max(1, round((1 - fraction) * total))
+    if not (documents and whole):
         return ends, split, {}
-    floor = -sum(log_prob for _, _, log_prob in documents[kept:n]) / (ends[-1] - split)  # nats per token, eot counted
+    floor = -sum(log_prob for _, _, log_prob in documents[kept:n]) / (total - split)  # nats per token, eot counted
     spans = [[documents[i][0], ends[i - 1] - split, ends[i] - split] for i in range(kept, n)]
     return ends, split, {"entropy_floor": floor, "val_documents": spans}
 
@@ -586,7 +588,8 @@ def main(argv=None):
     parser.add_argument("--max-tokens", type=int, metavar="N", help="take no more documents than fit")
     parser.add_argument("--shard-tokens", type=int, metavar="N", default=10**8, help="default: 10^8")
     parser.add_argument("--val-fraction", type=float, metavar="F",
-                        help="of the documents, the last ones (default: 0.1; demo 0.0145, openwebtext 0.001)")
+                        help="the end of the text, in whole documents unless they are few (default: 0.1; demo 0.0145,"
+                        " openwebtext 0.001)")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new is ready")
     parser.add_argument("--check", metavar="DIR", help="read all of a folder of shards, and stop")
     args = parser.parse_args(argv)

@@ -91,6 +91,15 @@ def test_documents_of_a_file(monkeypatch, dress, block):
     assert tokens("o", "val") == as_ids(*texts[3:]), bytes(i % 256 for i in tokens("o", "val"))
 
 
+@pytest.mark.parametrize("sizes", [(159, 349), (949, 9), (509,)])
+def test_few_documents_are_cut_between_tokens(sizes):
+    """Where the last documents are far from a tenth of the text, its last tenth is for validation all the same."""
+    prepare([letter * size for letter, size in zip("ab", sizes)])
+    train, val = len(tokens("o", "train")), len(tokens("o", "val"))
+    assert val == round(0.1 * (train + val)), f"{train} and {val} tokens"
+    assert all_tokens("o") == as_ids(*(letter * size for letter, size in zip("ab", sizes)))
+
+
 def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
     """A document longer than a block gives exactly the GPT-2 tokens of the whole, runs of white space included."""
     try:
