@@ -60,52 +60,44 @@ def run_block(note, **names):
     exec(block["text"], {**vars(erc_moe), **names})
 
 
-def test_the_snippet_for_a_training_loop_adds_the_gradient():
-    """The lines to paste into a loop give every R and W_g the gradient of the mean over layers, times the weight."""
-    pasted, ours = (erc_moe.MoETransformer(erc_moe.MoEConfig(n_layers=2)) for _ in range(2))
-    ours.load_state_dict(pasted.state_dict())
-    run_block("needs a model: ours", moe_layers=pasted.moe_layers(), device="cpu", step=3, weight=2.0)
-    (2.0 * ours.erc_loss(generator=torch.Generator().manual_seed(3))).backward()
-    for one, other in zip(pasted.moe_layers(), ours.moe_layers()):
-        assert torch.allclose(one.R.grad, other.R.grad) and torch.allclose(one.W_g.grad, other.W_g.grad)
-
-
 def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
-    """On a random OLMoE: gradients in each router and the gate half of gate_up_proj; steps lower the loss."""
+    """On a random OLMoE: the gradient of the mean over layers, times the weight, in each router and gate half."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_experts=4, num_experts_per_tok=2))
 
-    def total():
-        pairs = [(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj[:, :16].transpose(1, 2))
-                 for layer in model.model.layers]
-        return sum(erc_moe.coupling_hinge(erc_moe.activation_norms(*pair)).item() for pair in pairs)
-
-    before, optimizer = total(), torch.optim.SGD(model.parameters(), lr=0.3)
-    for step in range(20):
-        optimizer.zero_grad()
-        run_block("needs a model: OLMoE", model=model, weight=1.0, noise=torch.Generator().manual_seed(step))
-        touched = {name.split(".mlp.")[-1] for name, p in model.named_parameters() if p.grad is not None}
-        ups = [layer.mlp.experts.gate_up_proj.grad[:, 16:] for layer in model.model.layers]
-        assert touched == {"gate.weight", "experts.gate_up_proj"} and not any(up.any() for up in ups), touched
-        optimizer.step()
-    assert total() < before / 2, f"the ERC loss went from {before:.5f} to {total():.5f}"
+    run_block("needs a model: OLMoE", model=model, weight=2.0, step=3, device="cpu")
+    generator, pairs = torch.Generator().manual_seed(3), []
+    for layer in model.model.layers:
+        fused = layer.mlp.experts.gate_up_proj.detach()                                # (n, 2D, d)
+        pairs.append([layer.mlp.gate.weight.detach().requires_grad_(), fused[:, :16].mT.clone().requires_grad_()])
+    (2.0 * sum(erc_moe.erc_loss(*pair, generator=generator) for pair in pairs) / 2).backward()
+    for layer, (R, W_g) in zip(model.model.layers, pairs):
+        fused = layer.mlp.experts.gate_up_proj.grad
+        assert torch.allclose(layer.mlp.gate.weight.grad, R.grad) and R.grad.any(), "in a router"
+        assert torch.allclose(fused[:, :16].mT, W_g.grad) and not fused[:, 16:].any(), "in gate and up"
+    touched = {name.split(".mlp.")[-1] for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {"gate.weight", "experts.gate_up_proj"}, touched
 
 
 def test_the_question_to_a_layer_tells_the_gate_half_from_others():
-    """On a random OLMoE layer: yes for the first half of gate_up_proj, no for the second and every other row."""
+    """On a random OLMoE layer, at any scale: yes for one half of gate_up_proj, no for the other and every other row."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     layer = transformers.models.olmoe.modeling_olmoe.OlmoeSparseMoeBlock(transformers.OlmoeConfig(
         hidden_size=32, intermediate_size=16, num_experts=4, num_experts_per_tok=2))
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    fused, x = layer.experts.gate_up_proj.transpose(1, 2), torch.randn(9, 32)
-    for W_g, right in ((fused[:, :, :16], True), (fused[:, :, 16:], False), (fused[:, :, ::2], False)):
-        with torch.no_grad(), contextlib.nullcontext() if right else pytest.raises(AssertionError):
-            run_block("needs a layer", layer=layer, x=x, W_g=W_g, seen=[])
+    for std in (1e-6, 0.1):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+        fused, x = layer.experts.gate_up_proj.transpose(1, 2), torch.randn(2, 9, 32)   # (n, d, 2D), (B, T, d)
+        for W_g, right in ((fused[:, :, :16], True), (fused[:, :, 16:], False), (fused[:, :, ::2], False)):
+            seen = []
+            hook = layer.experts.act_fn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(*inputs))
+            with torch.no_grad(), contextlib.nullcontext() if right else pytest.raises(AssertionError, match="biases"):
+                run_block("needs a layer", layer=layer, x=x, W_g=W_g, seen=seen)
+            hook.remove()
 
 
 def commands():
@@ -179,14 +171,16 @@ def test_every_file_it_names_exists():
 
 
 def test_the_sizes_of_the_presets_are_right():
-    """Total and active parameters of both presets, in millions, and their steps and batches, from the settings."""
+    """Parameters, steps, batches and hours of both presets, from the settings; attention is causal."""
     for preset in ("tinystories", "openwebtext"):
         config, moe = train.configs({**train.PRESETS[preset], "vocab_size": 50304})
-        row = (f"| `{preset}` | {config.steps:,} | {config.accumulate} micro-batches of {config.batch_size} x"
-               f" {moe.context_length:,} |")
-        assert row in README, row
         d, layers, expert = moe.d_model, moe.n_layers, 3 * moe.d_model * moe.d_expert
         rest = 2 * 50304 * d + d + layers * (4 * d * d + moe.n_experts * d + 4 * d)
         total, active = (rest + layers * count * expert for count in (moe.n_experts, moe.top_k))
         words = f"{total / 1e6:.3g} M parameters, {active / 1e6:.2g} M of them active"
         assert words in README, words
+        T, tokens = moe.context_length, moe.context_length * config.batch_size * config.accumulate * config.steps
+        hours = 6 * (active - 50304 * d + layers * T * d) * tokens / 20e12 / 3600      # the embedding is no product
+        start = f"| `{preset}` | {config.steps:,} | {config.accumulate} micro-batches of {config.batch_size} x {T:,} |"
+        (row,) = [line for line in README.splitlines() if line.startswith(start)]
+        assert row.endswith(f"| {hours:.2g} hours |"), f"{hours:.2f} hours: {row}"
