@@ -68,12 +68,12 @@ def test_the_snippet_for_hugging_face_trains_router_and_gate_and_nothing_else():
         vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_experts=4, num_experts_per_tok=2))
 
-    run_block("needs a model: OLMoE", model=model, weight=2.0, step=3, device="cpu")
+    run_block("needs a model: OLMoE", model=model, weight=2.0, alpha=0.7, step=3, device="cpu")
     generator, pairs = torch.Generator().manual_seed(3), []
     for layer in model.model.layers:
         fused = layer.mlp.experts.gate_up_proj.detach()                                # (n, 2D, d)
         pairs.append([layer.mlp.gate.weight.detach().requires_grad_(), fused[:, :16].mT.clone().requires_grad_()])
-    (2.0 * sum(erc_moe.erc_loss(*pair, generator=generator) for pair in pairs) / 2).backward()
+    (2.0 * sum(erc_moe.erc_loss(*pair, 0.7, generator) for pair in pairs) / 2).backward()
     for layer, (R, W_g) in zip(model.model.layers, pairs):
         fused = layer.mlp.experts.gate_up_proj.grad
         assert torch.allclose(layer.mlp.gate.weight.grad, R.grad) and R.grad.any(), "in a router"
