@@ -113,7 +113,7 @@ def delta(values, form="{:+.4f}"):
     return f"{form.format(statistics.mean(values))} [{form.format(low)}, {form.format(high)}]"
 
 
-def could_show(values, form="{:.4f}"):
+def detectable(values, form="{:.4f}"):
     """The smallest delta that a paired t-test at 5 % would find with a power of 80 %."""
     df = len(values) - 1
     return form.format((T_975[df] + T_80[df]) * standard_error(values)) if df > 0 else ""
@@ -129,7 +129,7 @@ def table(*rows):
 
 def main_table(results, suite, names):
     """Quality and coupling of some variants of a suite."""
-    rows = [("", "seeds", "val_ce", "delta to plain [95 % CI]", "could show", "agreement", "violated", "coupling",
+    rows = [("", "seeds", "val_ce", "delta to plain [95 % CI]", "detectable", "agreement", "violated", "coupling",
              "smallest alpha", "epsilon")]
     for variant in names:
         if not results.seeds(suite, variant):
@@ -138,7 +138,7 @@ def main_table(results, suite, names):
         pairs, judged = results.paired(suite, variant, last("val_ce")), reproduce.has_coupling(variant)
         rows.append((
             NAMES[variant], len(results.seeds(suite, variant)), mean_sd(values(last("val_ce"))),
-            *(("", "") if variant == "plain" else (delta(pairs), could_show(pairs))),
+            *(("", "") if variant == "plain" else (delta(pairs), detectable(pairs))),
             mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
             *((mean(values(last("violated")), "{:.0%}"), mean(values(last("coupling"))),
                mean(values(weights("smallest_alpha"))), mean(values(last("epsilon")), "{:.3f}")) if judged

@@ -126,7 +126,7 @@ def test_a_second_training_is_compared_with_the_spread_of_seeds(results, monkeyp
 def test_an_interval_is_students_and_deltas_are_paired():
     """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.303, t(0.8, 2) = 1.061. Only shared seeds."""
     assert report.delta([1.0, 2.0, 3.0], "{:+.2f}") == "+2.00 [-0.48, +4.48]"
-    assert report.could_show([1.0, 2.0, 3.0], "{:.2f}") == "3.10"
+    assert report.detectable([1.0, 2.0, 3.0], "{:.2f}") == "3.10"
     made = Some(dict(plain=3, dense=2))
     end = report.last("val_ce")
     plain, dense = ([end(made["n16", name, seed]) for seed in (0, 1)] for name in ("plain", "dense"))
