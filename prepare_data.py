@@ -157,7 +157,7 @@ def check(folder):
             raise UserError(f"{path} has changed since it was written (sha256); make it again with --overwrite")
         if not sums and (largest := max(read_shard(path))) >= data.vocab_size:
             raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; replace it")
-    print(f"{folder}: OK, {sum(map(len, data.train + data.val)):,} {data.tokenizer} tokens")
+    print(f"{folder}: OK, {sum(map(len, data.train + data.val)):,} tokens ({data.tokenizer})")
 
 
 def sha256_of(path):
