@@ -107,8 +107,8 @@ def alphas(fig, results):
         return False
     epsilon, quality = fig.subplots(1, 2)
     lines(epsilon, results, "n16", ["plain", *variants], "epsilon")
-    epsilon.set(title="epsilon, mean over experts and layers", xlabel="step", xlim=0)
-    epsilon.legend(fontsize=7.5)
+    epsilon.set(title="epsilon, mean over experts and layers", xlabel="step", xlim=0, ylim=(0.49, 0.65))
+    epsilon.legend(fontsize=7.5, loc="lower left", ncols=2)  # below all bands
     deltas(quality, results, variants)
     return True
 
@@ -165,8 +165,9 @@ def agreement(fig, results):
         ax.axhline(1 / n, color="#666666", linestyle="--", linewidth=1)
         ax.annotate(f"chance, 1/{n}", (1, 1 / n), (-4, 3), ("axes fraction", "data"), "offset points", ha="right",
                     fontsize=7.5, color="#666666")
-        ax.set(title=f"{suite}: agreement on validation tokens", xlabel="step", ylim=0)
+        ax.set(title=f"{suite}, {n} experts", xlabel="step")
         ax.yaxis.set_major_formatter("{x:.0%}")
+    axes[0].set(ylabel="agreement on validation tokens", ylim=0)  # once all is drawn: the panels share it
     axes[0].legend(fontsize=7.5, loc=(0.03, 0.15))
     return True
 
