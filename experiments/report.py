@@ -127,17 +127,18 @@ def table(*rows):
 # ---- Tables ----
 
 
-def main_table(results, suite, names):
-    """Quality and coupling of some variants of a suite."""
+def main_table(results, *jobs):
+    """Quality and coupling of some (suite, variant). Other suites than n16 are named."""
     rows = [("", "seeds", "val_ce", "delta to plain [95 % CI]", "detectable", "agreement", "violated", "coupling",
              "smallest alpha", "epsilon")]
-    for variant in names:
+    for suite, variant in jobs:
         if not results.seeds(suite, variant):
             continue
-        values = lambda of, variant=variant: results.values(suite, variant, of)
+        values = lambda of, suite=suite, variant=variant: results.values(suite, variant, of)
         pairs, judged = results.paired(suite, variant, last("val_ce")), reproduce.has_coupling(variant)
         rows.append((
-            NAMES[variant], len(results.seeds(suite, variant)), mean_sd(values(last("val_ce"))),
+            NAMES[variant] if suite == "n16" else f"`{suite}`: {NAMES[variant]}", len(results.seeds(suite, variant)),
+            mean_sd(values(last("val_ce"))),
             *(("", "") if variant == "plain" else (delta(pairs), detectable(pairs))),
             mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
             *((mean(values(last("violated")), "{:.0%}"), mean(values(last("coupling"))),
@@ -199,10 +200,10 @@ def noise_table(results, suite="n16"):
     rows = [("trained with", "at", "ERC loss, clean R", "closed form", "mean of 64 draws", "sd of a layer's draws",
              "constraints broken under noise", "gradient in an expert's W_g")]
     part = lambda name, i, step: lambda result: statistics.mean(layer[i] for layer in result["weights"][step][name])
-    for variant in ("plain", "erc-1", "no-noise", "closed-form"):
-        for step, when in ((0, "start"), (-1, "end")) if results.seeds(suite, variant) else ():
+    for variant, step in (("plain", 0), ("plain", -1), ("erc-1", -1), ("no-noise", -1), ("closed-form", -1)):
+        if results.seeds(suite, variant):
             values = lambda of, variant=variant: results.values(suite, variant, of)
-            rows.append((NAMES[variant] if step == 0 else "", when,
+            rows.append((NAMES[variant], "end" if step else "start",
                          *(mean(values(part("noise", i, step)), "{:.4f}") for i in range(4)),
                          mean(values(weights("noisy", step)), "{:.1%}"),
                          " to ".join(mean(values(part("touched", i, step)), "{:.4f}") for i in (0, 1))))
@@ -250,19 +251,20 @@ def bench_table(section):
     return [part for part in shown.split("\n\n") if part.startswith("|")][0]
 
 
-def suite_table(suite, *names):
-    return lambda results: main_table(results, suite, names or SUITES[suite].variants)
+def n16_table(*names, others=()):
+    return lambda results: main_table(results, *(("n16", name) for name in names),
+                                      *((suite, name) for suite in others for name in SUITES[suite].variants))
 
 
 TABLES = {
     "short": short_table,
-    "main": suite_table("n16", "plain", "erc-1", "erc-0.5", "aoe", "dense", "plain-z", "erc-1-z"),
+    "main": n16_table("plain", "erc-1", "erc-0.5", "aoe", "dense", "plain-z", "erc-1-z",
+                      others=("n16-wide", "n64", "text")),
     "decoupled": decoupled_table, "norms": norms_table, "weights": weights_table,
-    "alphas": suite_table("n16", *(f"erc-{alpha}" for alpha in ("0", "0.4", "0.5", "0.6", "0.8", "1", "2", "3"))),
-    "probes": suite_table("n16", "erc-1", "probe-up", "probe-silu", "probe-swiglu", "probe-output", "no-noise",
-                          "closed-form", "orthogonal"),
-    "noise": noise_table, "agreement": agreement_table, "wide": suite_table("n16-wide"), "n64": suite_table("n64"),
-    "text": suite_table("text"),
+    "alphas": n16_table(*(f"erc-{alpha}" for alpha in ("0", "0.4", "0.6", "0.8", "2", "3"))),
+    "probes": n16_table("erc-1", "probe-up", "probe-silu", "probe-swiglu", "probe-output", "no-noise", "closed-form",
+                        "orthogonal"),
+    "noise": noise_table, "agreement": agreement_table,
     "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
 }
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:[|(].*\n)*)")  # a table, or a line in brackets that stands for it
