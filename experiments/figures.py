@@ -62,7 +62,7 @@ def coupling(fig, results):
     for ax, (label, end) in zip(axes, panels):
         M, n = end["M"][-1], len(end["M"][-1])
         broken = sum((M[i][j] > M[i][i]) + (M[j][i] > M[i][i]) for i in range(n) for j in range(n) if j != i)
-        image = heat(ax, M, f"{label}, last layer, seed 0\n{broken / (2 * n * (n - 1)):.0%} of its constraints broken")
+        image = heat(ax, M, f"{label}, 16 experts, last layer\n{broken / (2 * n * (n - 1)):.0%} of constraints broken")
         ax.set(xticks=range(0, n, 5), yticks=range(0, n, 5))
     bar = fig.colorbar(image, ax=list(axes), ticks=[0.4, 0.6, 1, 1.6, 2.5], format="{x:g}", extend="both")
     bar.minorticks_off()
@@ -121,7 +121,7 @@ def deltas(ax, results, variants):
         ax.plot(pairs, [y] * len(pairs), "o", color=colour, markersize=4, alpha=0.6)
         if len(pairs) > 1:
             ax.plot(bounds(pairs), [y, y], color=colour, linewidth=2.2, alpha=0.5)
-    ax.set(title="val_ce, delta to plain of the same seed", xlabel="nats per token (dots: seeds, bar: 95 % CI)",
+    ax.set(title="val_ce, delta to plain of the same seed", xlabel="nats per token (dots: seeds, bar: 95% CI)",
            yticks=range(len(variants)), yticklabels=[NAMES[variant] for variant in variants],
            ylim=(len(variants) - 0.5, -0.5))
     ax.locator_params(axis="x", nbins=5)

@@ -106,7 +106,7 @@ def bounds(values):
 
 
 def delta(values, form="{:+.4f}"):
-    """"mean [95 % CI]", from two values on."""
+    """"mean [95% CI]", from two values on."""
     if len(values) < 2:
         return ""
     low, high = bounds(values)
@@ -129,7 +129,7 @@ def table(*rows):
 
 def main_table(results, *jobs):
     """Quality and coupling of some (suite, variant). Other suites than n16 are named."""
-    rows = [("", "seeds", "val_ce", "delta to plain [95 % CI]", "detectable", "agreement", "violated", "coupling",
+    rows = [("", "seeds", "val_ce", "delta to plain [95% CI]", "detectable", "agreement", "violated", "coupling",
              "smallest alpha", "epsilon")]
     for suite, variant in jobs:
         if not results.seeds(suite, variant):
@@ -152,7 +152,7 @@ def decoupled_table(results):
     rows = [("", "layer", *(f"alpha {alpha}" for alpha in range(1, 6)), "smallest alpha")]
     for name, layer, values in (("the paper's, 3B", "first", "0.87 0.69 0.26 0 0"), ("", "middle", "0.22 0.15 0 0 0"),
                                 ("", "last", "0.50 0.44 0.20 0.20 0")):
-        rows.append((name, layer, *values.split(), "5" if name else ""))
+        rows.append((name, layer, *values.split(), "4 to 5" if layer == "last" else ""))
     for suite in SUITES:
         ends = results.values(suite, "plain", lambda result: result["weights"][-1])
         for layer in range(len(ends[0]["loss"]) if ends else 0):
@@ -183,7 +183,7 @@ def norms_table(results, suite="n16"):
 def weights_table(results, suite="n16"):
     """What else the loss does to the weights and to the load."""
     rows = [("", "mean cosine of rows of R", "columns of W_g: within / between experts", "experts without a token",
-             "balance loss, delta to plain [95 % CI]")]
+             "balance loss, delta to plain [95% CI]")]
     late = lambda result: statistics.mean(row["balance"] for row in result["log"][len(result["log"]) // 2:])
     for variant in ("plain", "erc-1", "erc-0.5", "no-noise", "orthogonal"):
         if not results.seeds(suite, variant):
@@ -217,7 +217,7 @@ ALL = [("n16", "", "16 experts, grammar"), ("n16", "-z", "the same, with z-loss 
 
 def short_table(results):
     """The README's: quality, and whether tokens follow, with ERC and without."""
-    rows = [("", "seeds", "val_ce, plain", "ERC, alpha 1: delta [95 % CI]", "alpha 0.5: delta [95 % CI]",
+    rows = [("", "seeds", "val_ce, plain", "ERC, alpha 1: delta [95% CI]", "alpha 0.5: delta [95% CI]",
              "agreement, plain", "alpha 1", "alpha 0.5")]
     for suite, ending, title in ALL:
         plain, one, half = names = [name + ending for name in ("plain", "erc-1", "erc-0.5")]
@@ -231,7 +231,7 @@ def short_table(results):
 
 def agreement_table(results):
     """Do tokens follow? With the paper's initial weights, with larger ones, with a z-loss, on text."""
-    rows = [("", "plain", "ERC, alpha 1", "delta, points [95 % CI]", "ERC, alpha 0.5", "delta, points [95 % CI]")]
+    rows = [("", "plain", "ERC, alpha 1", "delta, points [95% CI]", "ERC, alpha 0.5", "delta, points [95% CI]")]
     for suite, ending, title in ALL:
         cells = [mean(results.values(suite, f"plain{ending}", last("agreement")), "{:.0%}")]
         for variant in ("erc-1", "erc-0.5"):
