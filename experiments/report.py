@@ -153,7 +153,7 @@ def decoupled_table(results):
     for name, layer, values in (("the paper's, 3B", "first", "0.87 0.69 0.26 0 0"), ("", "middle", "0.22 0.15 0 0 0"),
                                 ("", "last", "0.50 0.44 0.20 0.20 0")):
         rows.append((name, layer, *values.split(), "4 to 5" if layer == "last" else ""))
-    for suite in SUITES:
+    for suite in ("n16", "n64", "text"):
         ends = results.values(suite, "plain", lambda result: result["weights"][-1])
         for layer in range(len(ends[0]["loss"]) if ends else 0):
             losses = zip(*(end["loss"][layer] for end in ends))
