@@ -7,8 +7,8 @@ A table stands in a text below a line `<!-- table: NAME -->`. --write puts it th
 results/figures and need matplotlib.
 
 Differences are deltas to plain, paired by seed: the same seed has the same batches and initial weights. Behind ± stands
-the standard deviation over seeds, in square brackets the 95 % confidence interval of the mean by Student's t. "Could
-show" is the smallest delta that so many seeds, with this spread, would find in 80 of 100 cases.
+the standard deviation over seeds, in square brackets the 95% confidence interval of the mean by Student's t. Detectable
+is the smallest delta that so many seeds, with this spread, would find in about 80 of 100 cases.
 """
 
 import argparse
