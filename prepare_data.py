@@ -518,8 +518,8 @@ def tokenise(args, source, files, write):
     n, total, fraction = len(ends), ends[-1], args.val_fraction or VAL_FRACTION.get(source, 0.1)
     kept = max(1, n - max(1, round(fraction * n)))
     split = ends[kept - 1]
-    whole = fraction / 2 <= (total - split) / total <= 2 * fraction
-    if not whole:  # few documents, or very long ones: cut between tokens
+    whole = n > 1 and (source or fraction / 2 <= (total - split) / total <= 2 * fraction)
+    if not whole:  # a single document, or the user's few or very long ones: cut between tokens
         split = max(1, round((1 - fraction) * total))
     if not (documents and whole):
         return ends, split, {}

@@ -100,6 +100,13 @@ def test_few_documents_are_cut_between_tokens(sizes):
     assert all_tokens("o") == as_ids(*(letter * size for letter, size in zip("ab", sizes)))
 
 
+def test_a_small_demo_keeps_whole_documents_and_its_floor():
+    """However few its documents, the last one is for validation, so that val_ce can be compared with the floor."""
+    main(["demo", "--out", "o", "--max-tokens", "1500"])
+    meta = load_data("o").meta
+    assert meta["entropy_floor"] > 0.1 and len(meta["val_documents"]) == 1, meta
+
+
 def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
     """A document longer than a block gives exactly the GPT-2 tokens of the whole, runs of white space included."""
     try:
