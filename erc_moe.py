@@ -28,7 +28,7 @@ One letter, one size, everywhere in this file:
 """
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch prints it where numpy is missing
@@ -47,7 +47,7 @@ def at_least_float32(x):
 
 
 def noise_bound(R):
-    """How far noise may move each router row, relative to the row's length.  R [n, d] -> epsilon [n], section 3.2."""
+    """How far noise may move each router row, relative to its length (paper, section 3.2).  R [n, d] -> epsilon [n]."""
     R = at_least_float32(R).detach()  # a constant: else rows would also move to shrink their own noise
     # Without a matrix product: it would lose the small distance between two long, nearly equal rows.
     distance = torch.cdist(R, R, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))     # (n, n)
@@ -112,47 +112,58 @@ def erc_loss(R, W_g, alpha=1.0, generator=None):
 def coupling_report(M, alpha=1.0):
     """What to watch beside the loss.  M [n, n] -> (violated, coupling), two scalar tensors.
 
-    violated: share of the 2n(n-1) constraints of step 3 that M breaks. NaN counts as broken. coupling: mean diagonal /
-    mean off-diagonal entry, about 1 at random weights. A common scale of the weights changes neither.
+    violated: share of the 2n(n-1) constraints of step 3 that M violates. NaN counts as violated. coupling: mean
+    diagonal / mean off-diagonal entry, about 1 at random weights. A common scale of the weights changes neither.
     """
     n, own = len(M), M.diagonal()
-    off = ~torch.eye(n, dtype=torch.bool, device=M.device)                             # (n, n)
-    broken = (off & ~(M <= alpha * own[:, None])).sum() + (off & ~(M <= alpha * own[None, :])).sum()
-    violated = broken.to(M.dtype) / max(1, 2 * n * (n - 1))
-    others = M.masked_fill(~off, 0).sum() / (n * (n - 1)) if n > 1 else own.mean()
+    off_diagonal = ~torch.eye(n, dtype=torch.bool, device=M.device)                    # (n, n)
+    row_holds, column_holds = M <= alpha * own[:, None], M <= alpha * own[None, :]     # (n, n) each
+    n_violated = (off_diagonal & ~row_holds).sum() + (off_diagonal & ~column_holds).sum()
+    violated = n_violated.to(M.dtype) / max(1, 2 * n * (n - 1))
+    others = M.masked_fill(~off_diagonal, 0).sum() / (n * (n - 1)) if n > 1 else own.mean()
     return violated, own.mean() / others.clamp(min=torch.finfo(M.dtype).tiny)
 
 
 # ---- ... and this line. It needs `import torch` and nothing else. ----------------------------------------------------
 
 
-def setting(default, help):
-    """A dataclass field with a help text. train.py makes each one a command-line flag."""
-    return field(default=default, metadata={"help": help})
+# ---- Settings --------------------------------------------------------------------------------------------------------
+def setting(default, help, least=0):
+    """A dataclass field with a help text and, for a number, its least value. train.py makes each one a flag."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+def check_numbers(settings):
+    """ValueError, with name and value, for a number in a dataclass of settings that is too small or not finite."""
+    for field in fields(settings):
+        value, least = getattr(settings, field.name), field.metadata["least"]
+        if field.type in (int, float) and not least <= value < 1e38:  # float32 ends there; false for nan, too
+            raise ValueError(f"{field.name} must be at least {least} and below 1e38, got {value}")
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """The shape of a model. Raises ValueError, with the numbers in it, for shapes that cannot work."""
 
-    vocab_size: int = setting(512, "V, token ids the model knows")
-    context_length: int = setting(256, "T, most tokens in a sequence")
-    n_layers: int = setting(3, "L, transformer blocks, each with attention and a Mixture of Experts")
-    n_heads: int = setting(3, "H, attention heads")
-    d_model: int = setting(96, "d, width of the model")
-    d_expert: int = setting(64, "D, width inside an expert")
-    n_experts: int = setting(16, "n, experts in each layer; 1 with --top-k 1 makes a dense model")
-    top_k: int = setting(2, "K, experts that each token uses")
+    vocab_size: int = setting(512, "V, token ids the model knows", least=1)
+    context_length: int = setting(256, "T, the longest sequence, in tokens", least=1)
+    n_layers: int = setting(3, "L, transformer blocks, each with attention and a Mixture of Experts", least=1)
+    n_heads: int = setting(3, "H, attention heads", least=1)
+    d_model: int = setting(96, "d, width of the model", least=8)
+    d_expert: int = setting(64, "D, width inside an expert", least=8)
+    n_experts: int = setting(16, "n, experts in each layer; 1 with --top-k 1 makes a dense model", least=1)
+    top_k: int = setting(2, "K, experts that each token uses", least=1)
     renormalize: bool = setting(False, "let the K routing weights of a token sum to 1")
     qk_norm: bool = setting(True, "normalise queries and keys")
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding")
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", least=1)
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
     tie_embeddings: bool = setting(False, "use one matrix for token embedding and output")
     init_std: float = setting(0.02, "standard deviation of initial weights; embedding and output start at 0.02")
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k must be from 1 to n_experts {self.n_experts}, got {self.top_k}")
+        check_numbers(self)
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k must be at most n_experts {self.n_experts}, got {self.top_k}")
         if self.d_model % 8 or self.d_expert % 8:  # grouped_mm needs rows of a multiple of 16 bytes: 8 bfloat16
             raise ValueError(f"d_model {self.d_model} and d_expert {self.d_expert} must be multiples of 8")
         if self.d_model % (2 * self.n_heads):  # rotary embedding turns pairs of features
@@ -220,29 +231,36 @@ class MoE(nn.Module):
                 weights = weights / weights.sum(dim=-1, keepdim=True)
         return logits, probs, weights, experts
 
-    def forward(self, x):
-        B, T, d = x.shape
-        x = x.reshape(-1, d)                                                           # (N, d)
-        logits, probs, weights, experts = self.route(x)
+    def mix(self, x, weights, experts):
+        """What the chosen experts make of x.  x [N, d], weights [N, K], experts [N, K] -> output [N, d], load [n].
 
+        The output of token t is the sum over k of weights[t, k] times what expert experts[t, k] makes of x[t].
+        """
         # Each token becomes K rows, one for each of its experts. Sorted by expert, the rows of an expert are adjacent.
-        expert, order = experts.flatten().sort(stable=True)                            # (N*K,), (N*K,)
-        token = order // self.top_k                                                    # (N*K,) which token is in a row
-        numbers = torch.arange(len(self.R), device=x.device)                           # (n,)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)         # (n,) rows of experts 0 to j
-        load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
+        row_expert, order = experts.flatten().sort(stable=True)                        # (N*K,), (N*K,)
+        row_token = order // self.top_k                                                # (N*K,) which token is in a row
+        expert_ids = torch.arange(len(self.W_o), device=x.device)                      # (n,)
+        row_ends = torch.searchsorted(row_expert, expert_ids, right=True, out_int32=True)      # (n,) last row + 1
+        load = row_ends.diff(prepend=row_ends.new_zeros(1))                            # (n,)
 
         # SiLU(x W_g) * (x W_p), then W_o, each expert on its own rows. grouped_mm ignores autocast, so we cast.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
-        rows = x.to(dtype).index_select(0, token)                                      # (N*K, d)
-        h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)    # (N*K, D)
-        h = h * weights.flatten().index_select(0, order)[:, None].to(dtype)  # before W_o, which is linear
-        y = F.grouped_mm(h, W_o, offs=ends)                                            # (N*K, d)
+        W_gp = torch.cat((self.W_g.to(dtype), self.W_p.to(dtype)), dim=-1)             # (n, d, 2D)
+        rows = x.index_select(0, row_token).to(dtype)                                  # (N*K, d)
+        g, p = F.grouped_mm(rows, W_gp, offs=row_ends).chunk(2, dim=-1)                # (N*K, D) each
+        h = F.silu(g) * p
+        h = h * weights.flatten().index_select(0, order)[:, None].to(dtype)  # W_o is linear: as good as weighting y
+        y = F.grouped_mm(h, self.W_o.to(dtype), offs=row_ends)                         # (N*K, d)
 
-        # A token's output is the sum of its K rows.
-        y = torch.zeros_like(x).index_add(0, token, y.to(x.dtype))                     # (N, d)
-        return y.view(B, T, d), MoEStats(balance_loss(probs, load), z_loss(logits), load)
+        # A token's output is the sum of its K rows. Unlike index_add, scatter_add keeps no rows for the backward pass.
+        y = torch.zeros_like(x).scatter_add(0, row_token[:, None].expand_as(y), y.to(x.dtype))         # (N, d)
+        return y, load
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)                                                      # (N, d)
+        logits, probs, weights, experts = self.route(tokens)
+        y, load = self.mix(tokens, weights, experts)                                   # (N, d), (n,)
+        return y.view(x.shape), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -377,7 +395,8 @@ class MoETransformer(nn.Module):
         """
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)        # (B,)
         for _ in range(max_new_tokens):
-            logits = self(tokens[:, -self.config.context_length:]).logits[:, -1, :vocab_size].float()  # (B, V)
+            logits = self(tokens[:, -self.config.context_length:]).logits                  # (B, T, V)
+            logits = logits[:, -1, :vocab_size].float()                                    # (B, vocab_size or V)
             if temperature == 0:
                 drawn = logits.argmax(dim=-1, keepdim=True)                            # (B, 1)
             else:
