@@ -570,7 +570,9 @@ def prepare(args):
             path.unlink()
         shards = cut_shards(file, split, ends[-1], args.shard_tokens, out)
     meta = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-            "documents": len(ends), "tokens": ends[-1], "options": options, **more, "shards": shards}
+            "documents": len(ends), "tokens": ends[-1],
+            "longest_document": max(b - a for a, b in zip([0, *ends], ends)),
+            "options": options, **more, "shards": shards}
     write_whole(meta_path, [json.dumps(meta, indent=1).encode()])
     floor = f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else ""
     print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens ({ends[-1] - split:,} of them for validation),"

@@ -52,7 +52,8 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches in a step (of each process)")
     lr: float = setting(4e-3, "peak learning rate")
     warmup: int = setting(60, "steps from 0 to the peak, from which a cosine falls to a tenth of it")
-    weight_decay: float = setting(0.1, "of every matrix, the router and the experts included")
+    weight_decay: float = setting(0.1, "of every other matrix")
+    moe_weight_decay: float = setting(1.3, "of R, W_g, W_p and W_o")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
     log_every: int = setting(100, "steps between lines in the log")
     eval_every: int = setting(650, "steps between evaluations; 0: only at the end")
@@ -89,8 +90,8 @@ PRESETS = {
     "openwebtext": dict(GPU, context_length=1024, batch_size=8, accumulate=16, steps=30_000, warmup=1000),
 }
 VAL_WINDOWS = 128  # at 512 tokens each, the standard error of val_ce is about 0.01 nats
-LOG_COLUMNS = ("step tokens ce val_ce balance z erc epsilon violated coupling agreement max_load dead lr grad_norm"
-               " tokens_per_s").split()
+LOG_COLUMNS = ("step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr"
+               " grad_norm tokens_per_s").split()
 MAY_CHANGE = ("data out steps lr grad_clip log_every eval_every save_every device compile sample_tokens"
               " temperature").split()
 
@@ -108,22 +109,27 @@ def keyed_generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def documents_fit(data, T):
+    """Whether no document is longer than a window, as meta.json says; of foreign shards that is not known."""
+    return data.meta.get("longest_document", math.inf) <= T
+
+
 def train_batch(data, T, batch_size, generator):
     """Windows of T + 1 tokens, drawn with replacement -> (inputs, targets), both [B, T], int64, on the CPU.
 
-    Where an end-of-text token lies within the next T tokens of the drawn offset, the window begins with it: documents
-    are seen from their start and behind end-of-text, as in sampling.
+    A window begins anywhere, and behind the last token of a shard comes its first. So every token is a target equally
+    often, whatever the length of its document. Where all documents fit, a window begins at the next end-of-text:
+    documents are seen from their start, as in sampling.
     """
-    starts = torch.tensor([max(0, len(shard) - T) for shard in data.train])            # possible ones in each shard
+    lengths = torch.tensor([len(shard) for shard in data.train])
     rows = []
-    for offset in torch.randint(int(starts.sum()), (batch_size,), generator=generator):
-        index = int(torch.searchsorted(starts.cumsum(0), offset, right=True))
+    for offset in torch.randint(int(lengths.sum()), (batch_size,), generator=generator):
+        index = int(torch.searchsorted(lengths.cumsum(0), offset, right=True))
         shard = torch.frombuffer(data.train[index], dtype=torch.uint16)                # no copy, whatever its length
-        start = int(offset - starts[:index].sum())
-        to_document = int((shard[start : start + T].long() == data.eot).int().argmax())  # 0, too, if there is none
-        if start + to_document + T < len(shard):
-            start += to_document
-        rows.append(shard[start : start + T + 1].long())                               # (T + 1,)
+        places = offset - lengths[:index].sum() + torch.arange(2 * T + 1)              # (2T + 1,)
+        tokens = shard[places % len(shard)].long()                                     # (2T + 1,)
+        first = int((tokens[:T] == data.eot).int().argmax()) if documents_fit(data, T) else 0
+        rows.append(tokens[first : first + T + 1])                                     # (T + 1,)
     window = torch.stack(rows)                                                         # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 
@@ -131,50 +137,83 @@ def train_batch(data, T, batch_size, generator):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    Of the demo: every whole document, as the entropy floor assumes. Otherwise up to VAL_WINDOWS windows, evenly spaced,
-    which may begin inside a document. UserError where the text is too short for one.
+    Where the entropy floor is known and all documents fit: every whole document, as the floor assumes. Otherwise up to
+    VAL_WINDOWS windows, evenly spaced, which may begin inside a document. UserError where the text is too short.
     """
-    tokens = torch.frombuffer(bytearray().join(data.val), dtype=torch.uint16)
-    spans = [(first, end) for _, first, end in data.meta.get("val_documents", [])]
-    count = min(VAL_WINDOWS, (len(tokens) - 1) // T)
-    if count == 0 or all(len(shard) <= T for shard in data.train):
-        raise UserError(f"a window is {T + 1} tokens; the validation split has {len(tokens)}, the largest training"
-                        f" shard {max(map(len, data.train))}: lower --context-length, or add text")
-    if spans and max(end - first for first, end in spans) <= T:
-        eot = torch.tensor([data.eot])
-        rows = sorted((torch.cat((eot, tokens[first:end].long())) for first, end in spans), key=len)
-    else:
-        starts = torch.linspace(0, len(tokens) - T - 1, count).long().tolist()
-        rows = [tokens[start : start + T + 1].long() for start in starts]
+    shards = [torch.frombuffer(shard, dtype=torch.uint16) for shard in data.val if len(shard) > T]
+    if not shards or all(len(shard) <= T for shard in data.train):
+        raise UserError(f"a window is {T + 1} tokens; the largest validation shard has {max(map(len, data.val))}, the"
+                        f" largest training shard {max(map(len, data.train))}: lower --context-length, or add text")
+    rows = []
+    for shard in shards:
+        if "entropy_floor" in data.meta and documents_fit(data, T):
+            ends = (shard == data.eot).nonzero().flatten() + 1                         # (documents,)
+            documents = shard.long().tensor_split(ends)[:-1]
+            rows += [torch.cat((torch.tensor([data.eot]), document)) for document in documents]
+        else:
+            count = min(-(-VAL_WINDOWS // len(shards)), (len(shard) - 1) // T)
+            starts = torch.linspace(0, len(shard) - T - 1, count).long().tolist()
+            rows += [shard[start : start + T + 1].long() for start in starts]          # (T + 1,) each
+    rows.sort(key=len)
     padded = [torch.nn.utils.rnn.pad_sequence(rows[i : i + batch_size], batch_first=True, padding_value=-100)
               for i in range(0, len(rows), batch_size)]
     return [(batch[:, :-1].clamp(min=0), batch[:, 1:]) for batch in padded]            # (B, T) each
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(model, batches, device, autocast):
-    """(val_ce, agreement), two floats: pure cross-entropy in nats per token; and the share of tokens, mean over layers,
-    whose first choice by the router is the expert that responds most: argmax_j ||x W_g[j]||, x the layer's input.
+def responses(moe, x):
+    """How strongly each expert responds to each token: ||x W_g[j]||.  x [N, d] -> [N, n], in the weights' type."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)
+
+
+def forced_ce(model, x, states, first, targets):
+    """What if other experts were in the last MoE layer's first slot? -> cross-entropy of each token, [N], in nats.
+
+    x [N, d] enters that layer, states [N, d] the norm behind it, first [N] holds the experts. The router's best K - 1
+    others keep the other slots, and the slots their weights. What a token's experts do in the last layer reaches no
+    other token, so that each token is a trial of its own.
     """
-    layers = model.moe_layers()
-    ce, agree, counted = torch.zeros(3, device=device).unbind()
+    moe = model.moe_layers()[-1]
+    logits, _, weights, experts = moe.route(x)                                         # (N, n), -, (N, K), (N, K)
+    others = logits.scatter(1, first[:, None], -math.inf).topk(moe.top_k - 1).indices  # (N, K - 1)
+    forced = moe.mix(x, weights, torch.cat((first[:, None], others), dim=1))[0]        # (N, d)
+    states = states - moe.mix(x, weights, experts)[0] + forced                         # (N, d)
+    return torch.nn.functional.cross_entropy(model.head(model.norm(states)).float(), targets, reduction="none")
 
-    def watch(moe, args):
-        x = args[0][targets >= 0].to(moe.W_g.dtype)                                    # (N, d), without the padding
-        with torch.autocast(device.type, enabled=False):
-            response = torch.einsum("Nd,ndD->NnD", x, moe.W_g).norm(dim=-1)            # (N, n)
-        agree.add_((moe.route(x)[-1][:, 0] == response.argmax(dim=1)).sum() / len(layers))
 
-    hooks = [moe.register_forward_pre_hook(watch) for moe in layers]
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device)
-        with autocast():
-            mean = model(inputs, targets).ce
-        ce, counted = ce + mean * (targets >= 0).sum(), counted + (targets >= 0).sum()
+def watched(model, inputs, targets):
+    """A forward pass -> (its mean cross-entropy, what entered each MoE layer then the last norm: [B, T, d] each)."""
+    entered = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+             for module in (*model.moe_layers(), model.norm)]
+    ce = model(inputs, targets).ce
     for hook in hooks:
         hook.remove()
-    return (ce / counted).item(), (agree / counted).item()
+    return ce, entered
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """{"val_ce", "response_ce", "agreement"}, means over all targets that count.
+
+    val_ce: pure cross-entropy, in nats per token. response_ce: what it would be if the last layer's first slot went to
+    the expert that responds most, argmax_j ||x W_g[j]||. agreement: how often that is the router's first choice, mean
+    over layers.
+    """
+    layers, sums, total = model.moe_layers(), torch.zeros(3, device=device), 0
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        counted = targets >= 0                                                         # (B, T)
+        with autocast():
+            ce, entered = watched(model, inputs, targets)
+            *xs, states = (tensor[counted] for tensor in entered)                      # (N, d) each
+            strongest = [responses(moe, x).argmax(dim=1) for moe, x in zip(layers, xs)]        # L times (N,)
+            agreed = [moe.route(x)[-1][:, 0] == first for moe, x, first in zip(layers, xs, strongest)]
+            forced = forced_ce(model, xs[-1], states, strongest[-1], targets[counted])         # (N,)
+        sums += torch.stack((ce * len(states), forced.sum(), torch.stack(agreed).sum() / len(layers)))
+        total += len(states)
+    return dict(zip(("val_ce", "response_ce", "agreement"), (sums / total).tolist()))
 
 
 @torch.no_grad()
@@ -300,10 +339,12 @@ class Run:
         self.context = self.model.config.context_length
         self.step_tokens = config.batch_size * config.accumulate * self.processes * self.context
         self.val = validation_batches(self.data, self.context, config.batch_size)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        experts = [p for moe in self.model.moe_layers() for p in moe.parameters()]
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and all(p is not other for other in experts)]
         norms = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
-                                            dict(params=norms, weight_decay=0.0)], config.lr, (0.9, 0.95), fused=True)
+        groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0),
+                  dict(params=experts, weight_decay=config.moe_weight_decay)]
+        self.optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.bad = torch.zeros((), device=self.device)  # steps in a row whose loss or gradient was not finite
         if self.processes > 1 and not dist.is_initialized():
@@ -503,7 +544,7 @@ def train(config, moe=None, model=None, extra_loss=None, watch=None, resume=None
             if logs:
                 row["tokens_per_s"] = (step - timed_from) * run.step_tokens / (time.perf_counter() - clock)
             if evaluates:
-                row["val_ce"], row["agreement"] = evaluate(run.model, run.val, run.device, run.autocast)
+                row.update(evaluate(run.model, run.val, run.device, run.autocast))
                 if watch:
                     watch(run.model, step)
             if logs and is_main:
