@@ -53,7 +53,7 @@ class UserError(Exception):
     """What the user can fix, in one line: what is wrong; what to do about it."""
 
 
-def run(main):
+def run_program(main):
     """Run main(argv) and return the exit code. Errors that the user can fix become one line on stderr."""
     # Python sets a closed stream to None, and tqdm cannot write to None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
@@ -72,6 +72,31 @@ def run(main):
         code, message = 1, " ".join(str(error).split())
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return code
+
+
+from contextlib import contextmanager
+@contextmanager
+def replacing(path):
+    """An open binary file that becomes `path` at the end of the with block: a kill at any moment leaves the old file or
+    the new one. An exception leaves the old one, removes the half file, and goes on.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name on an empty file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+
+def is_finished(folder):
+    path = Path(folder, "meta.json")
+    return path.exists() and path.read_bytes() != UNFINISHED
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -606,4 +631,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -1,11 +1,12 @@
 """The command line of train.py: every setting is a flag, samples, how a run ends, and what is refused."""
 
+import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags, settings
+from test_train import flags, log, trained
 
 import prepare_data
 import train
@@ -25,13 +26,15 @@ def settings_of(monkeypatch):
         seen.update({**asdict(moe), **asdict(config)})
         raise InterruptedError
 
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(prepare_data, "is_finished", lambda folder: True)
+
     def get(*argv):
         with pytest.raises(InterruptedError):
             train.main(list(argv))
         return dict(seen)
 
-    monkeypatch.setattr(train, "train", stop)
-    monkeypatch.setattr(prepare_data, "main", lambda argv: 0)
+    monkeypatch.setattr(train, "Run", stop)
     return get
 
 
@@ -39,7 +42,7 @@ def test_every_setting_is_a_flag_of_its_type(settings_of):
     """--a-b VALUE with the type of the field, booleans --x and --no-x; what is not given has the field's default."""
     for field in (*fields(TrainConfig), *(field for field in fields(MoEConfig) if field.name != "vocab_size")):
         flag = field.name.replace("_", "-")
-        values = {int: 48 if flag == "d-model" else 8, float: 0.25, str: "fp32"}
+        values = {int: 48 if flag == "d-model" else 8, float: 1.5, str: "fp32"}
         cases = ({f"--{flag}": True, f"--no-{flag}": False} if field.type is bool else
                  {f"--{flag}={values[field.type]}": values[field.type]})
         for argument, expected in cases.items():
@@ -52,6 +55,8 @@ def test_every_setting_is_a_flag_of_its_type(settings_of):
 def test_presets_fill_defaults_and_explicit_flags_win(settings_of, preset):
     """data, out and the preset's settings, unless a flag says otherwise."""
     values = dict(train.PRESETS[preset], data=f"data/{preset}", out=f"out/{preset}")
+    assert f"--steps int optimizer steps (default: {values.get('steps', 1300)})" in " ".join(
+        train.make_parser(["--preset", preset]).format_help().split()), "--help shows the preset's defaults"
     assert settings_of("--preset", preset).items() >= values.items()
     told = dict(values, lr=0.5, n_experts=16, out="here", qk_norm=False)
     got = settings_of("--preset", preset, "--lr", "0.5", "--n-experts=16", "--out", "here", "--no-qk-norm")
@@ -72,19 +77,40 @@ def test_wrong_usage_is_exit_2_without_a_traceback(data, capsys, wrong):
     assert lines[1].startswith("train.py: error: ") and not list(Path().iterdir()), lines
 
 
-def test_without_data_the_demo_corpus_is_prepared_first(monkeypatch, settings_of):
-    """python train.py in an empty folder: the one source that needs no network, and not for other data."""
-    called = []
-    monkeypatch.setattr(prepare_data, "main", called.append)
-    settings_of("--data", "elsewhere"), settings_of()
+def test_without_data_the_demo_corpus_is_prepared_first_by_one_process(monkeypatch, settings_of):
+    """python train.py in an empty folder, or in one left by a killed preparation; other processes wait until the last
+    byte is written; and not for other data."""
+    called, waits, finished = [], [], []
+    monkeypatch.setattr(prepare_data, "main", lambda argv: called.append(argv) or finished.append(True))
+    monkeypatch.setattr(prepare_data, "is_finished", lambda folder: bool(finished) or len(waits) > 4)
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    settings_of("--data", "elsewhere")
+    assert called == [], called
+    monkeypatch.setattr(train, "processes", lambda: (1, 2))
+    settings_of()
+    assert called == [] and len(waits) == 5, f"rank 1: {called}, {waits}"
+    monkeypatch.setattr(train, "processes", lambda: (0, 2))
+    waits.clear()
+    settings_of()
     assert called == [["demo"]], called
+
+
+@pytest.mark.parametrize("preset", ["tinystories", "openwebtext"])
+def test_a_preset_for_a_gpu_does_not_start_on_a_cpu_unless_that_is_said(monkeypatch, preset):
+    """Where CUDA is not found, one line with the way out; --device cpu is taken at its word."""
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train.torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="is for a GPU.*--device cpu"):
+        train.main(["--preset", preset])
+    with pytest.raises(UserError, match=f"data/{preset} is missing"):
+        train.main(["--preset", preset, "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    train.train(*settings(data, out=str(out), steps=2))
+    trained(data, out=str(out), steps=2)
     return str(out)
 
 
@@ -105,18 +131,27 @@ def test_a_sample_begins_with_its_prompt_and_follows_its_seed(finished, capsys):
 
 
 def test_the_report_has_quality_a_sample_and_commands_that_can_be_pasted(data, monkeypatch, capsys):
-    """val_ce and its ratio to the floor; a folder with a blank is quoted; where no sample can be made, that is said."""
-    config, moe = settings(data, out="a run", steps=1)
-    result = train.train(config, moe)
-    tokens = prepare_data.load_data(data)._replace(meta={"entropy_floor": 0.25})
-    monkeypatch.setattr(prepare_data, "load_data", lambda folder: tokens)
-    train.report(config, result)
-    text = capsys.readouterr().out
-    assert f"{result['val_ce'] / 0.25:.3f} times the entropy floor" in text and "a sample:" in text, text
-    assert "python train.py --out 'a run' --resume --steps 2" in text, text
-    Path("a run/ckpt.pt").unlink()
-    train.report(config, result)
-    assert "no sample: no checkpoint" in capsys.readouterr().out
+    """Both cross-entropies; the ratio to the floor where windows are whole documents; a folder with a blank is quoted;
+    where no sample can be made, that is said."""
+    argv = flags(data, out="a run", steps=1, context_length=96)
+    text = prepare_data.load_data(data)
+    for longest in (96, 97):
+        meta = {"entropy_floor": 0.25, "longest_document": longest}
+        monkeypatch.setattr(prepare_data, "load_data", lambda folder, meta=meta: text._replace(meta=meta))
+        assert train.main([*argv, "--overwrite"]) == 0
+        shown, row = capsys.readouterr().out, log("a run")[-1]
+        ratio = f"{float(row['val_ce']) / 0.25:.3f} times the entropy floor"
+        assert (ratio in shown) == (longest == 96), f"documents of {longest} tokens in windows of 96: {shown}"
+        assert f"{float(row['response_ce']):.4f} if" in shown and "a sample:" in shown, shown
+    assert "python train.py --out 'a run' --resume --steps 2" in shown, shown
+    assert shlex.join([*argv, "--overwrite", "--erc-weight", "0", "--out", "a run-plain"]) in shown, shown
+
+    def nothing(name):
+        raise UserError("no vocabulary")
+
+    monkeypatch.setattr(prepare_data, "get_tokenizer", nothing)
+    assert train.main([*argv, "--overwrite"]) == 0
+    assert "no sample: no vocabulary" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
@@ -129,5 +164,5 @@ def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
     with pytest.raises(RuntimeError, match="too little"):
         train.main(flags(data))
     error = torch.OutOfMemoryError
-    with pytest.raises(UserError, match="lower --batch-size, raise --accumulate"):
+    with pytest.raises(UserError, match="lower --batch-size, and raise --accumulate"):
         train.main(flags(data))
