@@ -176,7 +176,7 @@ def test_a_kill_at_any_event_loses_no_saved_step(data, attempt, straight, every)
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(data, attempt):
     """SIGKILL 20 times, resumed each time: never behind the last save, and in the end equal to the bit."""
-    draw, values = random.Random(20), dict(steps=600, eval_every=20, save_every=5)
+    draw, values = random.Random(20), dict(steps=2000, eval_every=20, save_every=5)
     run_here(data, out="straight", **values)
     for kill in range(20):
         ended = attempt(argv(data, *["--resume"] * (kill > 0), **values), [(draw.uniform(0, 0.2), signal.SIGKILL)])
