@@ -47,7 +47,7 @@ class Results(dict):
 
     def __init__(self):
         for suite in SUITES:
-            for path in sorted((RESULTS / suite).glob("*-[0-9].json")):
+            for path in sorted((RESULTS / suite).glob("*.json")):
                 result = reproduce.load(path)
                 self[suite, result["variant"], result["seed"]] = result
             for what in ("dtype", "torch", "data"):
@@ -135,7 +135,7 @@ def main_table(results, *jobs):
         if not results.seeds(suite, variant):
             continue
         values = lambda of, suite=suite, variant=variant: results.values(suite, variant, of)
-        pairs, judged = results.paired(suite, variant, last("val_ce")), reproduce.has_coupling(variant)
+        pairs, judged = results.paired(suite, variant, last("val_ce")), reproduce.has_router(variant)
         rows.append((
             NAMES[variant] if suite == "n16" else f"`{suite}`: {NAMES[variant]}", len(results.seeds(suite, variant)),
             mean_sd(values(last("val_ce"))),
@@ -211,7 +211,7 @@ def noise_table(results, suite="n16"):
 
 
 ALL = [("n16", "", "16 experts, grammar"), ("n16", "-z", "the same, with z-loss 0.001"),
-       ("n16-wide", "", "the same, initial weights of std d^-0.5"), ("n64", "", "64 experts, grammar"),
+       ("n16-slow", "", "the same, decay 0.1 everywhere"), ("n64", "", "64 experts, grammar"),
        ("text", "", "32 experts, source code")]
 
 
@@ -222,7 +222,7 @@ def short_table(results):
     for suite, ending, title in ALL:
         plain, one, half = names = [name + ending for name in ("plain", "erc-1", "erc-0.5")]
         ones, halves = (results.paired(suite, name, last("val_ce"), plain) for name in (one, half))
-        if ones and suite != "n16-wide":
+        if ones and suite != "n16-slow":
             rows.append((title, len(ones), mean(results.values(suite, plain, last("val_ce")), "{:.4f}"), delta(ones),
                          delta(halves), *(mean(results.values(suite, name, last("agreement")), "{:.0%}")
                                           for name in names)))
@@ -259,7 +259,7 @@ def n16_table(*names, others=()):
 TABLES = {
     "short": short_table,
     "main": n16_table("plain", "erc-1", "erc-0.5", "aoe", "dense", "plain-z", "erc-1-z",
-                      others=("n16-wide", "n64", "text")),
+                      others=("n16-slow", "n64", "text")),
     "decoupled": decoupled_table, "norms": norms_table, "weights": weights_table,
     "alphas": n16_table(*(f"erc-{alpha}" for alpha in ("0", "0.4", "0.6", "0.8", "2", "3"))),
     "probes": n16_table("erc-1", "probe-up", "probe-silu", "probe-swiglu", "probe-output", "no-noise", "closed-form",

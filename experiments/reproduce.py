@@ -3,7 +3,6 @@
     python experiments/reproduce.py --jobs 2                 # trains whatever has no result file yet; hours on a CPU
     python experiments/reproduce.py n16/plain n16/erc-1      # only these variants
     python experiments/reproduce.py n16/plain --again 0      # trains seed 0 again and compares; writes nothing
-    python experiments/reproduce.py --long --budget 120      # for a GPU: as many tokens as fit into so many seconds
     python experiments/report.py                             # tables and figures, from the result files
 
 There is no training loop here: the runs are those of train.train. Each one writes results/SUITE/VARIANT-SEED.json, so
@@ -11,9 +10,14 @@ that a comparison that was stopped goes on with the next run. Within a suite all
 evaluation, learning rate and, where shapes allow, the initial weights.
 
   n16       16 experts, 2 per token, on the demo corpus
-  n16-wide  the same, with initial weights of standard deviation d^-0.5 instead of 0.02
   n64       64 experts, 8 per token, on the demo corpus
   text      32 experts, 4 per token, on the source of Python's standard library, which every machine has
+  n16-slow  n16 with the weight decay of everything else, 0.1, for R, W_g, W_p and W_o, too
+  n16-S     n16 with another timescale S
+
+AdamW's weights are a moving average over its last 1 / (lr * decay) updates (arXiv 2405.13698). So the timescale of a
+run, the sum of lr * decay over its steps, says how much of it the weights have forgotten at its end. The paper's is
+3.7, and so is that of n16, n64 and text. With a decay of 0.1 it is 0.18 in n16.
 """
 
 import argparse
@@ -26,15 +30,14 @@ import math
 import multiprocessing
 import os
 import platform
-import shutil
+import random
 import statistics
 import sys
 import sysconfig
 import time
-from array import array
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -56,35 +59,36 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Variant:
-    """What sets a variant apart: settings of train.py, a model of its own, a loss of its own; and how many seeds."""
+    """What sets a variant apart: settings of train.py, a model of its own, a loss of its own."""
 
-    seeds: int = 3
     settings: dict = field(default_factory=dict)
     model: Callable = MoETransformer           # MoEConfig -> model
     shape: Callable = lambda config: config    # MoEConfig -> MoEConfig
     extra_loss: Callable | None = None         # seed -> function of the model
 
 
-def erc(alpha, seeds=3, **settings):
-    return Variant(seeds, dict(erc_weight=1.0, erc_alpha=alpha, **settings))
+def erc(alpha, **settings):
+    return Variant(dict(erc_weight=1.0, erc_alpha=alpha, **settings))
 
 
 def other(extra_loss):
-    return Variant(3, PLAIN, extra_loss=extra_loss)
+    return Variant(PLAIN, extra_loss=extra_loss)
 
 
 PLAIN = dict(erc_weight=0.0)
 VARIANTS = {
-    "plain": Variant(5, PLAIN), "erc-1": erc(1.0, 5), "erc-0.5": erc(0.5, 5),
-    "aoe": Variant(5, PLAIN, variants.AoETransformer),
-    "dense": Variant(3, PLAIN, shape=variants.dense_config),
-    **{f"erc-{alpha}": erc(float(alpha)) for alpha in ("0.4", "0.6", "0.8", "0", "2", "3")},
+    "plain": Variant(PLAIN),
+    **{f"erc-{alpha}": erc(float(alpha)) for alpha in ("0", "0.4", "0.5", "0.6", "0.8", "1", "2", "3")},
+    "dense": Variant(PLAIN, shape=variants.dense_config),
+    "random": Variant(PLAIN, variants.random_router),
+    "aoe": Variant(PLAIN, variants.AoETransformer),
     **{f"probe-{where}": other(lambda seed, where=where: variants.coupled(where, seed=seed))
        for where in ("up", "silu", "swiglu", "output")},
     "no-noise": other(lambda seed: variants.coupled("clean")),
     "closed-form": other(lambda seed: variants.coupled("expected")),
     "orthogonal": other(lambda seed: variants.orthogonality),
-    "plain-z": Variant(3, dict(PLAIN, z_weight=0.001)), "erc-1-z": erc(1.0, z_weight=0.001),
+    "plain-z": Variant(dict(PLAIN, z_weight=0.001)),
+    "erc-1-z": erc(1.0, z_weight=0.001), "erc-0.5-z": erc(0.5, z_weight=0.001),
 }
 
 
@@ -97,22 +101,43 @@ class Suite:
     variants: dict   # name -> number of seeds
 
 
+def at_timescale(timescale, settings):
+    """The settings, and the weight decay of R, W_g, W_p and W_o for which sum lr * decay is the timescale."""
+    config = train.TrainConfig(**settings)
+    total = sum(train.learning_rate(config, step) for step in range(1, config.steps + 1))
+    return dict(settings, moe_weight_decay=float(f"{timescale / total:.4g}"))  # rounded: the same on every machine
+
+
+def seeds(table):
+    """{number: "names"} -> {name: number}"""
+    return {name: number for number, names in table.items() for name in names.split()}
+
+
 SMALL = dict(vocab_size=320, context_length=256, n_layers=3, n_heads=3, d_model=96)
-DEMO = dict(data="data/demo", steps=800, batch_size=8, accumulate=1, lr=4e-3, warmup=50, eval_every=400, log_every=20)
 N16 = MoEConfig(**SMALL, d_expert=64, n_experts=16, top_k=2)
+N64 = MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8)
+TEXT = MoEConfig(320, 256, n_layers=4, n_heads=4, d_model=128, d_expert=64, n_experts=32, top_k=4)
+DEMO = dict(data="data/demo", steps=800, batch_size=8, accumulate=1, lr=4e-3, warmup=50, eval_every=400)
+PAPER = 3.7  # 167,000 steps with a learning rate from 4e-4 to 4e-5 and a decay of 0.1
+MAIN = ("plain", "erc-1", "erc-0.5")
 SUITES = {
-    "n16": Suite(N16, DEMO, {name: variant.seeds for name, variant in VARIANTS.items()}),
-    "n16-wide": Suite(replace(N16, init_std=96**-0.5), DEMO, {"plain": 3, "erc-1": 3, "erc-0.5": 3}),
-    "n64": Suite(MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8), DEMO, {"plain": 3, "erc-1": 3, "erc-0.5": 3}),
-    "text": Suite(MoEConfig(320, 256, n_layers=4, n_heads=4, d_model=128, d_expert=64, n_experts=32, top_k=4),
-                  dict(DEMO, data="data/stdlib", steps=1200), {"plain": 5, "erc-1": 5, "erc-0.5": 5, "aoe": 5}),
+    "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds({
+        25: "plain erc-1 erc-0.5", 8: "dense random", 5: "aoe erc-0.4 erc-0.6 erc-0.8",
+        3: "erc-0 erc-2 erc-3 probe-up probe-silu probe-swiglu probe-output no-noise closed-form orthogonal plain-z"
+           " erc-1-z erc-0.5-z"})),
+    "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds({8: "plain erc-1 erc-0.5", 3: "dense random"})),
+    "text": Suite(TEXT, at_timescale(PAPER, dict(DEMO, data="data/stdlib", steps=1200, lr=2e-3)),
+                  seeds({6: "plain erc-1 erc-0.5", 3: "dense random"})),
+    "n16-slow": Suite(N16, dict(DEMO, moe_weight_decay=0.1), seeds({5: "plain erc-1 erc-0.5"})),
+    **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds({3: "plain erc-0.5"}))
+       for timescale in (0.9, 1.8, 9, 18)},
 }
 
 
 def configs(suite, variant, seed):
     """(TrainConfig, MoEConfig) of one run."""
     shared, it = SUITES[suite], VARIANTS[variant]
-    settings = dict(dict(save_every=0, dtype="fp32") | shared.settings | it.settings)
+    settings = dict(save_every=0, dtype="fp32", log_every=20 if seed < 5 else 40) | shared.settings | it.settings
     return train.TrainConfig(out=f"out/reproduce/{suite}-{variant}-{seed}", seed=seed, **settings), it.shape(shared.moe)
 
 
@@ -142,7 +167,7 @@ def prepare(folder):
         prepare_data.main([*files, "--out", folder, "--tokenizer", "bytes"])
 
 
-# ---- What is measured beside the log ----
+# ---- What is measured in the weights ----
 
 
 @torch.no_grad()
@@ -184,7 +209,7 @@ def measure(model, alpha):
             cosine=(unit @ unit.T)[off].abs().mean().item(),
             neurons=(within / (blocks[off].mean() / D**2)).item(),
             touched=[touched.min().item(), touched.max().item()],
-            M=[[float(f"{value:.4g}") for value in row] for row in M.tolist()]))
+            M=rounded(M.tolist(), 4)))
     return {name: [its[name] for its in found] for name in found[0]}
 
 
@@ -199,24 +224,132 @@ def plane(model):
     columns = W_g.transpose(1, 2).flatten(0, 1)                                        # (n/2 * D, d)
     _, _, axes = torch.linalg.svd(columns - columns.mean(dim=0), full_matrices=False)  # (d, d)
     points = ((columns - columns.mean(dim=0)) @ axes[:2].T).unflatten(0, W_g.shape[::2])       # (n/2, D, 2)
-    return [[[float(f"{value:.3g}") for value in point] for point in expert] for expert in points.tolist()]
+    return rounded(points.tolist(), 3)
+
+
+def rounded(value, digits=6):
+    """Nested dicts and lists, with floats cut to so many digits."""
+    if isinstance(value, dict):
+        return {name: rounded(one, digits) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+# ---- What is measured on the validation tokens, at the end ----
+
+
+@torch.no_grad()
+def validation(model, batches, device):
+    """One pass over all N targets that count -> (xs: L times [N, d], states [N, d], targets [N]).
+
+    xs enter the MoE layers, states enter the norm behind the last one.
+    """
+    found = []
+    for inputs, targets in batches:
+        _, entered = train.watched(model, inputs.to(device), targets.to(device))
+        counted = targets >= 0                                                         # (B, T)
+        found.append([tensor[counted] for tensor in (*entered, targets.to(device))])
+    *xs, states, targets = (torch.cat(parts) for parts in zip(*found))
+    return xs, states, targets
+
+
+@torch.no_grad()
+def premise(model, x, states, targets):
+    """Does the expert that responds most do best? Every expert is tried on every token, in the last layer's first slot.
+
+    x [N, d], states [N, d] and targets [N] as in train.forced_ce -> {"all": numbers, "hard": numbers}, means over all
+    tokens, and over the quarter of them that have the highest cross-entropy. The numbers: cross-entropy with the
+    router's first choice, with the strongest response, with a random expert and with the one that is best in hindsight;
+    and how often the router and the response pick that one. Called "router" is whatever routes: in AoE, the scores.
+    """
+    moe, found = model.moe_layers()[-1], []
+    for part in zip(x.split(2048), states.split(2048), targets.split(2048)):  # all n responses of all tokens are large
+        x, states, targets = part
+        ce = torch.stack([train.forced_ce(model, x, states, torch.full_like(targets, j), targets)
+                          for j in range(len(moe.W_o))], dim=1)                        # (N, n)
+        router, response = moe.route(x)[-1][:, :1], train.responses(moe, x).argmax(dim=1, keepdim=True)    # (N, 1)
+        best, expert = ce.min(dim=1, keepdim=True)                                     # (N, 1)
+        found.append(torch.cat((ce.gather(1, router), ce.gather(1, response), ce.mean(dim=1, keepdim=True), best,
+                                router == expert, response == expert), dim=1))         # (N, 6)
+    by_token = torch.cat(found)                                                        # (N, 6)
+    hard = by_token[:, 0].topk(len(by_token) // 4).indices                             # (N // 4,)
+    names = ("router", "response", "random", "best", "router_best", "response_best")
+    return {which: dict(zip(names, rows.mean(dim=0).tolist())) for which, rows in
+            (("all", by_token), ("hard", by_token[hard]))}
+
+
+@torch.no_grad()
+def centres(model, xs):
+    """Is R[i] the centre of its tokens? -> {"own", "random"}: lists, one value for each layer.
+
+    own: the cosine of R[i] with the mean of the tokens whose first choice is i, mean over the experts that have any.
+    random: the same with as many tokens, drawn from all of them.
+    """
+    found, generator = {"own": [], "random": []}, torch.Generator().manual_seed(0)
+    for moe, x in zip(model.moe_layers(), xs):
+        first, cosines = moe.route(x)[-1][:, 0], []                                    # (N,)
+        for i in first.unique().tolist():
+            own = x[first == i]                                                        # (N_i, d)
+            drawn = x[torch.randperm(len(x), generator=generator)[:len(own)].to(x.device)]
+            cosines.append(F.cosine_similarity(moe.R[i], torch.stack((own.mean(dim=0), drawn.mean(dim=0)))))
+        for name, value in zip(found, torch.stack(cosines).mean(dim=0).tolist()):
+            found[name].append(value)
+    return found
+
+
+class Marking(dict):
+    """The memory of a document. What is read from it comes between two zero characters."""
+
+    def __getitem__(self, name):
+        return f"\0{super().__getitem__(name)}\0"
+
+
+def demo_copies(count):
+    """The last `count` documents of the demo -> [(tokens, copied)], of which copied says what repeats the document.
+
+    So is a name, a thing or a number where the grammar puts in what it remembers, but no sum. Whoever has learned to
+    copy can be certain of these tokens. End-of-text is the last token of each document.
+    """
+    uniform, documents = random.Random(0).random, []
+    for _ in range(22_000):  # as in prepare_data.demo_documents
+        kind = prepare_data.KINDS[int(uniform() * len(prepare_data.KINDS))]
+        documents.append(prepare_data._fill(prepare_data.GRAMMAR[kind][0], uniform, Marking(), set())[0])
+    found = []
+    for text in documents[-count:]:
+        parts = text.split("\0")  # every second one is a copy
+        copied = [k % 2 == 1 for k, part in enumerate(parts) for _ in part]
+        found.append(([*"".join(parts).encode(), 256], [*copied, False]))
+    return found
+
+
+@torch.no_grad()
+def copies(model, states, targets):
+    """Cross-entropy of the demo's validation tokens: of those that are copies, and of the others -> dict of numbers."""
+    documents = sorted(demo_copies(320), key=lambda document: len(document[0]))  # the order of validation_batches
+    tokens, copied = (torch.tensor(sum(parts, [])) for parts in zip(*documents))       # (N,), (N,)
+    if not torch.equal(tokens, targets.cpu()):
+        raise UserError("data/demo is not what the grammar makes today; prepare it again: python prepare_data.py demo")
+    ce = F.cross_entropy(model.head(model.norm(states)), targets, reduction="none").cpu()      # (N,)
+    return dict(ce_copies=ce[copied].mean().item(), ce_other=ce[~copied].mean().item(),
+                copies=int(copied.sum()), others=int((~copied).sum()))
 
 
 # ---- Running ----
 
 
-def has_coupling(variant):
+def has_router(variant):
     """Whether there are a router and several experts, so that M and its constraints mean something."""
     return variant not in ("aoe", "dense")
 
 
-def run(suite, variant, seed, config=None):
+def run(suite, variant, seed):
     """Trains one variant with one seed -> its result, a dict. UserError where it was interrupted."""
-    config = config or configs(suite, variant, seed)[0]
+    config, _ = configs(suite, variant, seed)
     model, weights, start = initial_model(suite, variant, seed), [], time.perf_counter()
 
     def watch(model, step):
-        if has_coupling(variant):
+        if has_router(variant):
             weights.append(dict(step=step, **measure(model, config.erc_alpha)))
 
     watch(model, 0)
@@ -231,21 +364,26 @@ def run(suite, variant, seed, config=None):
     for one in weights[:-1] if seed == 0 else weights:  # what is large is kept where a figure needs it
         one.pop("M")
     data, device = prepare_data.load_data(config.data), train.pick_device(config.device)
+    batches = train.validation_batches(data, model.config.context_length, config.batch_size)
+    xs, states, targets = validation(model, batches, device)
     return dict(
         suite=suite, variant=variant, seed=seed, command=f"python experiments/reproduce.py {suite}/{variant}",
         seconds=round(time.perf_counter() - start), floor=data.meta.get("entropy_floor"), data=data.fingerprint,
-        parameters=model.num_params()[0], settings=settings_of(suite, variant, seed, config), log=log, weights=weights,
-        plane=plane(model) if seed == 0 and has_coupling(variant) else None,
+        parameters=model.num_params()[0], settings=settings_of(suite, variant, seed),
+        log=rounded(log), weights=rounded(weights),
+        premise=rounded(premise(model, xs[-1], states, targets)) if variant != "dense" else None,
+        copies=rounded(copies(model, states, targets)) if config.data == "data/demo" else None,
+        centres=rounded(centres(model, xs)) if has_router(variant) else None,
+        plane=plane(model) if seed == 0 and has_router(variant) else None,
         machine=f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else
                 f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         dtype=str(train.pick_dtype(config.dtype, device))[6:], date=str(date.today()),
         python=platform.python_version(), torch=torch.__version__)
 
 
-def settings_of(suite, variant, seed, config=None):
-    """All settings that a result depends on, as plain values; config: those of the run, where not the suite's."""
-    usual, moe = configs(suite, variant, seed)
-    return {name: value for name, value in {**asdict(config or usual), **asdict(moe)}.items()
+def settings_of(suite, variant, seed):
+    """All settings that a result depends on, as plain values."""
+    return {name: value for config in configs(suite, variant, seed) for name, value in asdict(config).items()
             if name not in ("data", "out", "log_every", "save_every", "device", "sample_tokens", "temperature")}
 
 
@@ -278,7 +416,7 @@ def run_and_save(job):
 
 def again(suite, variant, seed):
     """Trains a run a second time, and says how far its val_ce is from the stored one, beside the spread of seeds."""
-    stored = {path.stem: load(path) for path in sorted((RESULTS / suite).glob(f"{variant}-[0-9].json"))}
+    stored = {path.stem: load(path) for path in sorted((RESULTS / suite).glob(f"{variant}-[0-9]*.json"))}
     if f"{variant}-{seed}" not in stored or len(stored) < 2:
         raise UserError(f"{suite}/{variant} has results of {len(stored)} seeds; --again needs two, {seed} among them")
     spread = statistics.stdev(result["log"][-1]["val_ce"] for result in stored.values())
@@ -289,72 +427,22 @@ def again(suite, variant, seed):
           f" {len(stored)} seeds {spread:.4f}: {verdict} the spread")
 
 
-# ---- Longer, on a GPU ----
-
-
-def demo_tokens(seed, documents=40_000):
-    """Documents of the demo grammar under another seed than the validation documents' -> tokens, bytes of uint16."""
-    tokens = array("H")
-    for _, text, _ in prepare_data.demo_documents(seed, documents):
-        tokens.extend(text.encode())
-        tokens.append(256)
-    return tokens.tobytes()
-
-
-def prepare_long(folder, tokens):
-    """data/demo with at least so many training tokens, from the grammar under other seeds."""
-    meta = json.loads(Path("data/demo/meta.json").read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (old,) = [shard for shard in meta["shards"] if shard["name"].startswith("val")]
-    shutil.copy(Path("data/demo", old["name"]), folder)
-    meta["shards"], seeds = [old], range(1, 2 + tokens // 7_000_000)
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for seed, content in zip(seeds, pool.map(demo_tokens, seeds)):
-            path = folder / f"train_{seed:06d}.bin"
-            header = prepare_data.HEADER.pack(prepare_data.MAGIC, 1, len(content) // 2)
-            prepare_data.write_whole(path, [header, content])
-            sha256 = hashlib.sha256(header + content).hexdigest()
-            meta["shards"].append({"name": path.name, "tokens": len(content) // 2, "sha256": sha256})
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def long_runs(budget, out, batch_size=64):
-    """n16 and n64: plain, alpha 1 and alpha 0.5 in turn, as many steps as fit into `budget` seconds together.
-
-    Writes OUT/long-SUITE-VARIANT.json after each. The question: does the plain model's smallest alpha grow towards the
-    paper's 5 with more tokens, and does the ERC loss then keep acting?
-    """
-    names, folder = ("plain", "erc-1", "erc-0.5"), Path("data/long")
-    for suite in ("n16", "n64"):
-        base = dict(batch_size=batch_size, dtype="auto", device="auto", eval_every=0, steps=1)
-        config = replace(configs(suite, "erc-1", 0)[0], **base)
-        trial = train.Run(config, None, initial_model(suite, "erc-1", 0))
-        for step in range(1, 16):  # the first ones warm up
-            if step == 6:
-                start = time.perf_counter()
-            trial.add_token_gradient(step)
-            trial.add_erc_gradient(step)
-            trial.update(step, torch.ones((), device=trial.device), torch.ones((), device=trial.device))
-            trial.model.norm.weight[0].item()  # wait for the device
-        steps = max(8, int(0.7 * budget / 6 / ((time.perf_counter() - start) / 10)))
-        if not (folder / "meta.json").exists():
-            prepare_long(folder, steps * trial.step_tokens)
-        for name in names:
-            config = replace(configs(suite, name, 0)[0], **base | dict(
-                data=str(folder), steps=steps, eval_every=max(1, steps // 4), log_every=max(1, steps // 40)))
-            result = run(suite, name, 0, config)
-            Path(out).mkdir(parents=True, exist_ok=True)
-            prepare_data.write_whole(Path(out, f"long-{suite}-{name}.json"), [json.dumps(
-                result | {"command": f"python experiments/reproduce.py --long --budget {budget}", "steps": steps,
-                          "step_tokens": trial.step_tokens}).encode()])
-            print(f"long {suite}/{name}: {steps} steps, val_ce {result['log'][-1]['val_ce']:.4f}", flush=True)
-
-
 # ---- Command line ----
 
 
+def stage(job):
+    """What is to be there first, as these runs take hours: a small whole, what routing is for, power, the rest."""
+    _, variant, seed = job
+    main, beside = variant in MAIN, variant in ("dense", "random", "aoe")
+    if seed < 3 and (main or beside):
+        return 0 if main else 1
+    if main or beside:
+        return 2 if seed < 8 else 4
+    return 3
+
+
 def jobs(names):
-    """[(suite, variant, seed), ...] for names such as n16/plain; first seeds first, so that a table fills evenly."""
+    """[(suite, variant, seed), ...] for names such as n16/plain, by stage; then first seeds first."""
     chosen = []
     for name in names:
         suite, _, variant = name.partition("/")
@@ -362,24 +450,18 @@ def jobs(names):
             known = " ".join(f"{s}/{v}" for s in SUITES for v in SUITES[s].variants)
             raise UserError(f"there is no variant {name!r}; known are: {known}")
         chosen += [(suite, variant, seed) for seed in range(SUITES[suite].variants[variant])]
-    return sorted(chosen, key=lambda job: job[2])
+    return sorted(chosen, key=lambda job: (stage(job), job[2]))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("variants", nargs="*", help="such as n16/plain (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
-    parser.add_argument("--long", action="store_true", help="longer runs, on as much text as they train on")
-    parser.add_argument("--budget", type=float, default=120, help="seconds for --long (default: 120)")
-    parser.add_argument("--out", default=str(RESULTS / "gpu"), help="folder for the results of --long")
     parser.add_argument("--again", type=int, metavar="SEED", help="train a finished run again, and compare")
     options = parser.parse_args(argv)
     todo = jobs(options.variants or [f"{suite}/{name}" for suite in SUITES for name in SUITES[suite].variants])
-    for suite in ("n16",) if options.long else dict.fromkeys(job[0] for job in todo):
+    for suite in dict.fromkeys(job[0] for job in todo):
         prepare(SUITES[suite].settings["data"])
-    if options.long:
-        long_runs(options.budget, options.out)
-        return 0
     if options.again is not None:
         for suite, variant in dict.fromkeys(job[:2] for job in todo):
             again(suite, variant, options.again)

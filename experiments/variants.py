@@ -2,10 +2,12 @@
 
   AoE              Autonomy-of-Experts (arXiv 2501.13074): no router, experts choose their tokens by their own response
   dense_config     one expert as large as the K that a token uses
+  random_router    a MoE whose router never learns
   coupled          the ERC loss with M measured another way: other activations, no noise, the noise in closed form
   orthogonality    a loss that keeps router rows apart and never looks at an expert
 
-The losses go to train.train as extra_loss, with erc_weight 0, and AoETransformer(config) as model.
+The losses go to train.train as extra_loss, with erc_weight 0, and AoETransformer(config) or random_router(config)
+as model.
 """
 
 import itertools
@@ -22,7 +24,7 @@ from erc_moe import MoE, MoETransformer, activation_norms, at_least_float32, cou
 from erc_moe import perturb
 from train import keyed_generator
 
-# ---- Autonomy-of-Experts, and dense ----
+# ---- Autonomy-of-Experts, dense, and a random router ----
 
 
 class AoE(MoE):
@@ -74,6 +76,14 @@ class AoETransformer(MoETransformer):
 def dense_config(config):
     """MoEConfig of a dense model with as many active parameters, but for the router: one expert, K times as wide."""
     return replace(config, n_experts=1, top_k=1, d_expert=config.top_k * config.d_expert)
+
+
+def random_router(config):
+    """MoETransformer whose R stays at its random start in every layer, without weight decay either."""
+    model = MoETransformer(config)
+    for moe in model.moe_layers():
+        moe.R.requires_grad_(False)
+    return model
 
 
 # ---- Other ways to measure M ----

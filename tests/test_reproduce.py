@@ -3,10 +3,11 @@ tables and figures say what the results say. Nothing here trains for long.
 """
 
 import json
+import math
 import random
 import struct
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import figures
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import train
 from erc_moe import MoEConfig, MoETransformer
-from prepare_data import UserError
+from prepare_data import UserError, demo_documents
 
 # ---- Runs ----
 
@@ -49,6 +50,145 @@ def test_what_is_measured_in_the_weights_equals_loops():
     assert closed < drawn and 0 < sd < drawn, found["noise"][1]
 
 
+def test_the_premise_equals_whole_models_with_another_route():
+    """Every expert put first by hand, in the last layer of a whole model, token by token: all numbers, hard tokens too.
+
+    Of 22 tokens, hard are the 5 with the highest cross-entropy. Of two experts that are equally good the first counts.
+    """
+    torch.manual_seed(0)
+    model = MoETransformer(MoEConfig(16, 8, 2, 2, 16, 8, n_experts=5, top_k=3, init_std=0.5))
+    moe, route = model.moe_layers()[-1], model.moe_layers()[-1].route
+    tokens = torch.randint(16, (3, 9))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 6:] = -100
+    counted = targets >= 0
+
+    def token_ce():
+        ce = torch.nn.functional.cross_entropy(model(inputs).logits.transpose(1, 2), targets, reduction="none")
+        return ce[counted].tolist()
+
+    def first(j):
+        def forced(x):
+            logits, probs, weights, experts = route(x)
+            rows = [[j, *[i for i in logits[t].argsort(descending=True).tolist() if i != j][:2]] for t in range(len(x))]
+            return logits, probs, weights, torch.tensor(rows)
+        return forced
+
+    seen = []
+    moe.route = lambda x: seen.append(x) or route(x)
+    router = token_ce()
+    x = seen[0][counted.flatten()]
+    chosen, strongest = (x @ moe.R.T).argmax(dim=1).tolist(), []
+    for token in x:
+        strongest.append(max(range(5), key=lambda j: (token @ moe.W_g[j]).norm().item()))
+    trials = []
+    for j in range(5):
+        moe.route = first(j)
+        trials.append(token_ce())
+    moe.route, N = route, len(router)
+    best = [min(range(5), key=lambda j: trials[j][t]) for t in range(N)]
+    rows = [dict(router=router[t], response=trials[strongest[t]][t], random=sum(trials[j][t] for j in range(5)) / 5,
+                 best=trials[best[t]][t], router_best=float(chosen[t] == best[t]),
+                 response_best=float(strongest[t] == best[t])) for t in range(N)]
+    hard = sorted(rows, key=lambda row: -row["router"])[:N // 4]
+    xs, states, wanted = reproduce.validation(model, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])], "cpu")
+    found = reproduce.premise(model, xs[-1], states, wanted)
+    assert N == 22 and len(set(chosen)) > 1 and chosen != strongest, f"a poor example: {N} {chosen} {strongest}"
+    for which, its in (("all", rows), ("hard", hard)):
+        for name in its[0]:
+            expected = sum(row[name] for row in its) / len(its)
+            assert found[which][name] == pytest.approx(expected, abs=1e-5), f"{which} {name}: {found}, {expected}"
+
+
+def test_rows_are_compared_with_the_mean_of_their_tokens():
+    """Tokens that lie on the axes, rows that point there: cosine 1 with one's own, less with a sample of all."""
+    model = MoETransformer(MoEConfig(16, 8, 1, 1, 8, 8, n_experts=4, top_k=1))
+    moe = model.moe_layers()[0]
+    moe.R.data = torch.eye(8)[:4] * 3
+    x = torch.eye(8)[:3].repeat(50, 1)  # the last expert gets no token
+    found = reproduce.centres(model, [x])
+    assert found["own"] == pytest.approx([1.0]), found
+    assert found["random"] == pytest.approx([3**-0.5], abs=0.05), f"{found}; of a mean of all tokens 1 / sqrt(3)"
+
+
+BY_HAND = """One windy day June the grumpy otter found a shiny boat at the harbor. The |boat| felt all alone. A polite \
+goat tiptoed in with a hammer. They ate roasted figs and slept beside the fire. Sleep well, |June|!
+
+To make creamy pudding for 6:
+- 3 spoons of corn
+- 7 cups of milk
+- 9 bags of flour
+Heat the |flour| over a low fire. Add the rest and wait 9 minutes. Serve the |pudding| with a smile.
+
+How many beans?
+June saves 3 - 1 = 2 |beans| for a little bell.
+Nora keeps 8 - 4 = 4 |beans| under the bridge.
+Otto buys 8 + 5 = 13 |beans| for the hare.
+Kai has 8 - 5 = 3 |beans| after meeting the brave otter.
+
+>>> print("Kai", 7 + 6)
+|Kai| 13
+>>> b = 3 - 2
+>>> b
+1
+>>> "buzz" * 2
+'|buzzbuzz|'
+>>> max(4, 5)
+|5|
+>>> for n in 1, 2: print("Cheers", n)
+|Cheers| 1
+|Cheers| 2""".split("\n\n")
+
+
+def test_copies_are_what_the_grammar_remembers():
+    """A validation document of each kind, copies found by hand. A sum is none, whatever its digits."""
+    documents = {bytes(tokens[:-1]).decode(): copied for tokens, copied in reproduce.demo_copies(320)}
+    assert list(documents) == [text for _, text, _ in demo_documents()][-320:], "these are not the demo's documents"
+    for text in BY_HAND:
+        parts = text.split("|")
+        expected = [k % 2 == 1 for k, part in enumerate(parts) for _ in part] + [False]
+        found = documents["".join(parts)]
+        marked = "".join(c if copied else "." for c, copied in zip("".join(parts), found))
+        assert found == expected, f"copies of {text!r}, found {marked!r}"
+
+
+def test_copies_and_other_tokens_are_averaged_apart(monkeypatch):
+    """Two documents, the shorter one first as in validation_batches; other text than the demo's is refused."""
+    monkeypatch.setattr(reproduce, "demo_copies", lambda n: [([1, 2, 0], [False, True, False]), ([3, 0], [False] * 2)])
+    model = SimpleNamespace(norm=lambda x: x, head=lambda x: x)
+    targets = torch.tensor([3, 0, 1, 2, 0])
+    states = torch.randn(5, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    ce = [-states[t].softmax(dim=0)[targets[t]].log().item() for t in range(5)]
+    found = reproduce.copies(model, states, targets)
+    assert found == pytest.approx(dict(ce_copies=ce[3], ce_other=(sum(ce) - ce[3]) / 4, copies=1, others=4)), found
+    with pytest.raises(UserError, match="prepare it again"):
+        reproduce.copies(model, states, targets.flip(0))
+
+
+def test_the_decay_makes_the_timescale():
+    """Sum over all steps of lr * decay, by a loop: 3.7 where the suite is named for its size, else as it is named."""
+    sums = {"n16": 3.7, "n64": 3.7, "text": 3.7, "n16-slow": 0.175, "n16-0.9": 0.9, "n16-18": 18}
+    for suite, expected in sums.items():
+        config = reproduce.configs(suite, "plain", 0)[0]
+        total = 0.0
+        for step in range(1, config.steps + 1):
+            rise = step / config.warmup
+            fall = 0.55 + 0.45 * math.cos(math.pi * (step - config.warmup) / (config.steps - config.warmup))
+            total += config.lr * min(rise, fall if step > config.warmup else rise) * config.moe_weight_decay
+        assert total == pytest.approx(expected, rel=2e-3), f"{suite}: {total}"
+
+
+def test_first_comes_a_small_whole():
+    """Three seeds of what is compared, in all suites; then what routing is for, more seeds, ablations, all 25 seeds."""
+    ordered = reproduce.jobs([f"{suite}/{name}" for suite, its in reproduce.SUITES.items() for name in its.variants])
+    place = {job: i for i, job in enumerate(ordered)}
+    for before, after in ((("text", "erc-0.5", 2), ("n16", "dense", 0)), (("n16-18", "plain", 2), ("n64", "random", 0)),
+                          (("n16", "aoe", 2), ("n16", "plain", 3)), (("n64", "plain", 7), ("n16", "erc-0.4", 0)),
+                          (("n16", "orthogonal", 2), ("n16", "plain", 8))):
+        assert place[before] < place[after], f"{before} is run {place[before]}th, {after} {place[after]}th"
+    assert len(place) == len(ordered) == 243, len(ordered)
+
+
 @pytest.mark.parametrize("suite, variant", [(s, v) for s in reproduce.SUITES for v in reproduce.SUITES[s].variants])
 def test_every_variant_starts_from_the_weights_of_plain(suite, variant):
     """Same seed: a parameter whose name and shape the plain model has, too, starts with the plain model's values."""
@@ -70,8 +210,8 @@ def test_a_run_leaves_a_result_that_can_be_loaded(data, monkeypatch, tmp_path):
     result = reproduce.load(tmp_path / "n16" / "erc-1-0.json")
     assert [one["step"] for one in result["weights"]] == [0, 2, 4] and "M" in result["weights"][-1]
     assert result["log"][-1]["step"] == 4 and result["log"][-1]["val_ce"] > 0
-    longer = replace(reproduce.configs("n16", "erc-1", 0)[0], steps=6)
-    assert reproduce.run("n16", "erc-1", 0, longer)["settings"]["steps"] == 6, "a longer run says how long it was"
+    assert result["premise"]["all"]["router"] == pytest.approx(result["log"][-1]["val_ce"], abs=1e-4), result["premise"]
+    assert result["premise"]["all"]["response"] == pytest.approx(result["log"][-1]["response_ce"], abs=1e-4), result
     monkeypatch.setattr(reproduce, "run", lambda *job: pytest.fail(f"{job} has a result already"))
     assert reproduce.main(["n16/erc-1"]) == 0
     monkeypatch.undo()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import AoE, AoETransformer, coupled, dense_config, expected_norms, orthogonality, response_norms
+from variants import AoE, AoETransformer, coupled, dense_config, expected_norms, orthogonality, random_router
+from variants import response_norms
 
 import train
 from erc_moe import MoE, MoEConfig, MoETransformer, activation_norms, noise_bound, perturb
@@ -38,7 +39,7 @@ def run_settings(data, **changes):
     return train.TrainConfig(**sizes | changes), small(vocab_size=320)
 
 
-# ---- Autonomy-of-Experts, and dense ----
+# ---- Autonomy-of-Experts, dense, and a random router ----
 
 
 def aoe_by_loops(aoe, x):
@@ -104,6 +105,16 @@ def test_a_dense_model_has_as_many_active_parameters(config):
     active, dense = MoETransformer(config).num_params()[1], MoETransformer(dense_config(config)).num_params()[1]
     routers = config.n_layers * (config.n_experts - 1) * config.d_model
     assert active - dense == routers, f"active {active}, dense {dense}, router rows {routers}"
+
+
+def test_a_random_router_never_moves(data):
+    """Not by weight decay either. All else is trained, with the decay of the experts beside it."""
+    config, moe = run_settings(data, erc_weight=0.0, moe_weight_decay=100.0)
+    model = seeded(random_router, moe)
+    before = copy.deepcopy(model.state_dict())
+    train.train(config, model=model)
+    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert still == ["blocks.0.moe.R", "blocks.1.moe.R"], f"did not move: {still}"
 
 
 # ---- Other ways to measure M ----
