@@ -487,4 +487,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(prepare_data.run(main))
+    sys.exit(prepare_data.run_program(main))

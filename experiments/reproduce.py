@@ -355,7 +355,7 @@ def run(suite, variant, seed):
     watch(model, 0)
     extra_loss = VARIANTS[variant].extra_loss and VARIANTS[variant].extra_loss(seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        last = train.train(config, model=model, extra_loss=extra_loss, watch=watch, overwrite=True)
+        last = train.train(train.Run(config, model=model, overwrite=True), extra_loss, watch)
     if last["signal"]:
         raise UserError("interrupted; finished runs are safe, run the same command again")
     with open(Path(config.out, "log.csv"), encoding="utf-8") as file:
@@ -478,4 +478,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(prepare_data.run(main))
+    sys.exit(prepare_data.run_program(main))
