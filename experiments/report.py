@@ -12,6 +12,7 @@ is the smallest delta that so many seeds, with this spread, would find in about 
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -23,100 +24,150 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as it 
 
 import bench
 import reproduce
-from reproduce import RESULTS, SUITES
+import torch
+from plot import LINES, picture
+from reproduce import MAIN, RESULTS, SUITES
 
 import prepare_data
+from erc_moe import activation_norms, noise_bound, perturb
 from prepare_data import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = RESULTS / "bench-cpu-2-cores.json"
 TEXTS = (ROOT / "README.md", RESULTS / "README.md")
-T_975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t by degrees of freedom
-T_80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941}
 NAMES = {
-    "plain": "plain MoE", "erc-1": "ERC, alpha 1", "erc-0.5": "ERC, alpha 0.5", "aoe": "Autonomy-of-Experts",
-    "dense": "dense", "no-noise": "ERC without noise", "closed-form": "ERC, noise in closed form",
-    "orthogonal": "router orthogonalisation", "plain-z": "plain MoE, z-loss", "erc-1-z": "ERC, alpha 1, z-loss",
+    "plain": "plain MoE", "aoe": "Autonomy-of-Experts", "dense": "dense", "random": "random router",
+    **{f"erc-{alpha}": f"ERC, alpha {alpha}" for alpha in ("0", "0.4", "0.5", "0.6", "0.8", "1", "2", "3")},
     "probe-up": "(b) R~ W_p", "probe-silu": "(c) SiLU(R~ W_g)", "probe-swiglu": "(d) SiLU(R~ W_g) * R~ W_p",
-    "probe-output": "(e) output", **{f"erc-{alpha}": f"ERC, alpha {alpha}" for alpha in (0, 0.4, 0.6, 0.8, 2, 3)},
-}
+    "probe-output": "(e) output", "no-noise": "ERC without noise", "closed-form": "ERC, noise in closed form",
+    "orthogonal": "router orthogonalisation", "plain-z": "plain MoE, z-loss", "erc-1-z": "ERC, alpha 1, z-loss",
+    "erc-0.5-z": "ERC, alpha 0.5, z-loss"}
+SIZES = {"n16": "16 experts, grammar", "n64": "64 experts, grammar", "text": "32 experts, source code"}
+SCAN = {"n16-slow": 0.18, "n16-0.9": 0.9, "n16-1.8": 1.8, "n16": 3.7, "n16-9": 9, "n16-18": 18}  # suite -> timescale
 
 
 class Results(dict):
-    """{(suite, variant, seed): result} of all finished runs."""
+    """{(suite, variant, seed): result} of all finished runs, or of those that are given."""
 
-    def __init__(self):
-        for suite in SUITES:
+    def __init__(self, found=None):
+        super().__init__(found or {})
+        for suite in SUITES if found is None else ():
             for path in sorted((RESULTS / suite).glob("*.json")):
                 result = reproduce.load(path)
                 self[suite, result["variant"], result["seed"]] = result
             for what in ("dtype", "torch", "data"):
-                found = {self[job][what] for job in self if job[0] == suite}
-                if len(found) > 1:
-                    raise UserError(f"the results of {suite} differ in {what}: {', '.join(map(str, found))}; move those"
+                kinds = {self[job][what] for job in self if job[0] == suite}
+                if len(kinds) > 1:
+                    raise UserError(f"the results of {suite} differ in {what}: {', '.join(map(str, kinds))}; move those"
                                     " of one kind away, and run them again")
-        names = [f"{suite}/{variant}" for suite in SUITES for variant in SUITES[suite].variants]
-        self.missing = [job for job in reproduce.jobs(names) if job not in self]
 
     def seeds(self, suite, variant):
         return sorted(seed for s, v, seed in self if (s, v) == (suite, variant))
 
     def values(self, suite, variant, of):
-        """of(result) for each seed."""
-        return [of(self[suite, variant, seed]) for seed in self.seeds(suite, variant)]
+        """of(result) for each seed for which there is one."""
+        found = [of(self[suite, variant, seed]) for seed in self.seeds(suite, variant)]
+        return [value for value in found if value is not None]
 
-    def paired(self, suite, variant, of, against="plain"):
-        """of(result) less that of another variant, for each seed that both have."""
-        return [of(self[suite, variant, seed]) - of(self[suite, against, seed])
-                for seed in self.seeds(suite, variant) if (suite, against, seed) in self]
+    def paired(self, suite, variant, of):
+        """of(result) less that of plain, for each seed that both have; with a z-loss, plain has one, too."""
+        plain = "plain-z" if variant.endswith("-z") else "plain"
+        pairs = [(of(self[suite, variant, seed]), of(self[suite, plain, seed]))
+                 for seed in self.seeds(suite, variant) if variant != plain and (suite, plain, seed) in self]
+        return [ours - theirs for ours, theirs in pairs if ours is not None]
+
+
+# ---- What is measured: functions of a result; None where there is nothing ----
 
 
 def last(name):
-    """A function of a result: its last logged value."""
-    return lambda result: result["log"][-1][name]
+    return lambda result: result["log"][-1].get(name)
 
 
-def weights(name, step=-1):
-    """A function of a result: the mean over layers of what was measured in the weights at the end, or at `step`."""
-    return lambda result: statistics.mean(result["weights"][step][name])
+def weights(name):
+    """The mean over layers of what was measured in the weights at the end."""
+    return lambda result: statistics.mean(result["weights"][-1][name]) if result["weights"] else None
+
+
+def centres(name):
+    return lambda result: result["centres"] and statistics.mean(result["centres"][name])
+
+
+def premise(name, less=None, which="all"):
+    """A number of the premise, or the difference of two."""
+    def of(result):
+        its = result["premise"] and result["premise"][which]
+        return its and its[name] - (its[less] if less else 0)
+    return of
+
+
+def judged(result):
+    """The cross-entropy by which quality is judged: of tokens that are no copies; on source code, of all."""
+    return result["copies"]["ce_other"] if result["copies"] else result["log"][-1]["val_ce"]
+
+
+COST = "response less router"
+PREMISE = {"router's choice": ("router", ".3f"), "strongest response": ("response", ".3f"),
+           "random expert": ("random", ".3f"), "best": ("best", ".3f"), "router picks best": ("router_best", ".0%"),
+           "response picks best": ("response_best", ".0%")}
+QUANTITIES = {  # title -> a function of a result, and how it is written
+    "val_ce": (last("val_ce"), ".4f"), "judged": (judged, ".4f"),
+    "copies": (lambda result: result["copies"] and result["copies"]["ce_copies"], ".4f"),
+    "agreement": (last("agreement"), ".0%"), "broken": (last("violated"), ".1%"), "coupling": (last("coupling"), ".2f"),
+    "epsilon": (last("epsilon"), ".3f"), "smallest alpha": (weights("smallest_alpha"), ".2f"),
+    "cosine of rows of R": (weights("cosine"), ".2f"), "gate columns": (weights("neurons"), ".2f"),
+    "broken under noise": (weights("noisy"), ".1%"),
+    COST: (premise("response", "router"), ".3f"), f"{COST}, hard": (premise("response", "router", "hard"), ".3f"),
+    "response less random": (premise("response", "random"), ".3f"),
+    **{title: (premise(name), form) for title, (name, form) in PREMISE.items()},
+    **{f"{title}, hard": (premise(name, which="hard"), form) for title, (name, form) in PREMISE.items()},
+    "with its tokens": (centres("own"), ".2f"), "with a random sample": (centres("random"), ".2f")}
 
 
 # ---- Numbers as text ----
 
 
-def mean_sd(values, form="{:.4f}"):
-    """"mean ± standard deviation", or the mean alone of a single value."""
-    if len(values) < 2:
-        return form.format(values[0]) if values else ""
-    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values))}"
+@functools.cache
+def student_t(p, df, parts=100_000):
+    """The quantile p > 0.5 of Student's t: sqrt(df) times the tangent of an angle, which has density cos^(df - 1)."""
+    width = math.pi / 2 / parts
+    slices = [math.cos((k + 0.5) * width) ** (df - 1) for k in range(parts)]
+    rest = (2 * p - 1) * sum(slices)
+    for k, area in enumerate(slices):
+        if rest < area:
+            return math.sqrt(df) * math.tan((k + rest / area) * width)
+        rest -= area
 
 
-def mean(values, form="{:.2f}"):
-    return form.format(statistics.mean(values)) if values else ""
-
-
-def standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values))
+def standard_errors(values, *quantiles):
+    """The sum of these quantiles of t, in units of the values."""
+    return sum(student_t(p, len(values) - 1) for p in quantiles) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def bounds(values):
     """(lower, upper) end of the 95 % confidence interval of the mean."""
-    half = T_975[len(values) - 1] * standard_error(values)
+    half = standard_errors(values, 0.975)
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def delta(values, form="{:+.4f}"):
+def mean(values, form=".4f"):
+    return format(statistics.mean(values), form) if values else ""
+
+
+def mean_sd(values, form=".4f"):
+    """"mean ± standard deviation", or the mean alone of a single value."""
+    return mean(values, form) + (f" ± {statistics.stdev(values):{form}}" if values[1:] else "")
+
+
+def delta(values, form=".4f"):
     """"mean [95% CI]", from two values on."""
-    if len(values) < 2:
-        return ""
-    low, high = bounds(values)
-    return f"{form.format(statistics.mean(values))} [{form.format(low)}, {form.format(high)}]"
+    low, high = bounds(values) if values[1:] else (0, 0)
+    return f"{statistics.mean(values):+{form}} [{low:+{form}}, {high:+{form}}]" if values[1:] else ""
 
 
-def detectable(values, form="{:.4f}"):
+def detectable(values, form=".4f"):
     """The smallest delta that a paired t-test at 5 % would find with a power of 80 %."""
-    df = len(values) - 1
-    return form.format((T_975[df] + T_80[df]) * standard_error(values)) if df > 0 else ""
+    return format(standard_errors(values, 0.975, 0.8), form) if values[1:] else ""
 
 
 def table(*rows):
@@ -124,156 +175,253 @@ def table(*rows):
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-# ---- Tables ----
+# ---- Tables, of cells: functions of (results, suite, variant) ----
+
+CI = "[95% CI]"
+HALVES = {"alpha 1": "erc-1", "alpha 0.5": "erc-0.5"}
 
 
-def main_table(results, *jobs):
-    """Quality and coupling of some (suite, variant). Other suites than n16 are named."""
-    rows = [("", "seeds", "val_ce", "delta to plain [95% CI]", "detectable", "agreement", "violated", "coupling",
-             "smallest alpha", "epsilon")]
-    for suite, variant in jobs:
-        if not results.seeds(suite, variant):
-            continue
-        values = lambda of, suite=suite, variant=variant: results.values(suite, variant, of)
-        pairs, judged = results.paired(suite, variant, last("val_ce")), reproduce.has_router(variant)
-        rows.append((
-            NAMES[variant] if suite == "n16" else f"`{suite}`: {NAMES[variant]}", len(results.seeds(suite, variant)),
-            mean_sd(values(last("val_ce"))),
-            *(("", "") if variant == "plain" else (delta(pairs), detectable(pairs))),
-            mean(values(last("agreement")), "{:.0%}") if variant != "dense" else "",
-            *((mean(values(last("violated")), "{:.0%}"), mean(values(last("coupling"))),
-               mean(values(weights("smallest_alpha"))), mean(values(last("epsilon")), "{:.3f}")) if judged
-              else ("", "", "", ""))))
-    return table(*rows)
+def cell(title, show=mean, to_plain=False):
+    """A quantity over seeds, or its deltas to plain."""
+    of, form = QUANTITIES[title]
+    return lambda results, *job: show((results.paired if to_plain else results.values)(*job, of), form)
 
 
-def decoupled_table(results):
-    """The paper's Table 2: the ERC loss of the trained plain model, clean R, by layer, at alpha 1 to 5."""
-    rows = [("", "layer", *(f"alpha {alpha}" for alpha in range(1, 6)), "smallest alpha")]
-    for name, layer, values in (("the paper's, 3B", "first", "0.87 0.69 0.26 0 0"), ("", "middle", "0.22 0.15 0 0 0"),
-                                ("", "last", "0.50 0.44 0.20 0.20 0")):
-        rows.append((name, layer, *values.split(), "4 to 5" if layer == "last" else ""))
-    for suite in ("n16", "n64", "text"):
-        ends = results.values(suite, "plain", lambda result: result["weights"][-1])
-        for layer in range(len(ends[0]["loss"]) if ends else 0):
-            losses = zip(*(end["loss"][layer] for end in ends))
-            rows.append(("" if layer else f"`{suite}`", layer + 1, *(f"{statistics.mean(loss):.4f}" for loss in losses),
-                         mean([end["smallest_alpha"][layer] for end in ends])))
-    return table(*rows)
+def all_and_hard(title):
+    cells = cell(title), cell(f"{title}, hard")
+    return lambda *job: " / ".join(filter(None, (one(*job) for one in cells)))
 
 
-def norms_table(results, suite="n16"):
-    """The paper's Table 3: norms over experts, mean and standard deviation, and the ERC loss, by layer."""
-    rows = [("", "layer", "norm of R[i], plain", "ERC", "norm of W_g[i], plain", "ERC", "ERC loss, plain", "ERC")]
-    paper = (("first", "1.85 ± 0.39", "1.67 ± 0.31", "0.87"), ("middle", "0.86 ± 0.08", "0.83 ± 0.07", "0.22"),
-             ("last", "0.80 ± 0.14", "0.73 ± 0.10", "0.50"))
-    for i, (layer, plain, erc, loss) in enumerate(paper):
-        norms = ("", "") if i else ("30.5", "29.8")
-        rows.append(("" if i else "the paper's, 3B", layer, plain, erc, *norms, loss, "0"))
-    ends = [results.values(suite, variant, lambda result: result["weights"][-1]) for variant in ("plain", "erc-1")]
-    pair = lambda which, name, layer: "{:.2f} ± {:.2f}".format(
-        *(statistics.mean(end[name][layer][i] for end in which) for i in (0, 1)))
-    for layer in range(len(ends[0][0]["loss"]) if all(ends) else 0):
-        rows.append((f"`{suite}`" if layer == 0 else "", layer + 1,
-                     *(pair(which, name, layer) for name in ("norm_R", "norm_W") for which in ends),
-                     *(f"{statistics.mean(end['loss'][layer][0] for end in which):.4f}" for which in ends)))
-    return table(*rows)
+def across(variants, title, *how):
+    """One cell of several variants, of a suite or of a suite with another loss, which ends their names."""
+    return lambda results, suite, plain: " / ".join(filter(None, (
+        cell(title, *how)(results, suite, variant + plain.removeprefix("plain")) for variant in variants)))
 
 
-def weights_table(results, suite="n16"):
-    """What else the loss does to the weights and to the load."""
-    rows = [("", "mean cosine of rows of R", "columns of W_g: within / between experts", "experts without a token",
-             "balance loss, delta to plain [95% CI]")]
-    late = lambda result: statistics.mean(row["balance"] for row in result["log"][len(result["log"]) // 2:])
-    for variant in ("plain", "erc-1", "erc-0.5", "no-noise", "orthogonal"):
-        if not results.seeds(suite, variant):
-            continue
-        values = lambda of, variant=variant: results.values(suite, variant, of)
-        rows.append((NAMES[variant], mean(values(weights("cosine"))), mean(values(weights("neurons"))),
-                     mean(values(last("dead"))),
-                     delta(results.paired(suite, variant, late)) if variant != "plain" else ""))
-    return table(*rows)
+def by_layer(name, form=".3f", pick=lambda value: [value]):
+    """The mean over seeds of what was measured in the weights, layer by layer; with two numbers, ± between them."""
+    def show(results, *job):
+        layers = zip(*results.values(*job, lambda result: result["weights"][-1][name]))
+        return " / ".join(" ± ".join(mean(values, form) for values in zip(*map(pick, layer))) for layer in layers)
+    return show
 
 
-def noise_table(results, suite="n16"):
-    """The three ways to take the noise, at the start and at the end."""
-    rows = [("trained with", "at", "ERC loss, clean R", "closed form", "mean of 64 draws", "sd of a layer's draws",
-             "constraints broken under noise", "gradient in an expert's W_g")]
-    part = lambda name, i, step: lambda result: statistics.mean(layer[i] for layer in result["weights"][step][name])
-    for variant, step in (("plain", 0), ("plain", -1), ("erc-1", -1), ("no-noise", -1), ("closed-form", -1)):
-        if results.seeds(suite, variant):
-            values = lambda of, variant=variant: results.values(suite, variant, of)
-            rows.append((NAMES[variant], "end" if step else "start",
-                         *(mean(values(part("noise", i, step)), "{:.4f}") for i in range(4)),
-                         mean(values(weights("noisy", step)), "{:.1%}"),
-                         " to ".join(mean(values(part("touched", i, step)), "{:.4f}") for i in (0, 1))))
-    return table(*rows)
+def rows(columns, jobs, *first):
+    """A table: the first rows, then one for each {title: (suite, variant)} that has run."""
+    return lambda results: table(("", "seeds", *columns), *first, *(
+        (title, len(results.seeds(*job)), *(one(results, *job) for one in columns.values()))
+        for title, job in jobs.items() if results.seeds(*job)))
 
 
-ALL = [("n16", "", "16 experts, grammar"), ("n16", "-z", "the same, with z-loss 0.001"),
-       ("n16-slow", "", "the same, decay 0.1 everywhere"), ("n64", "", "64 experts, grammar"),
-       ("text", "", "32 experts, source code")]
+def named(suites, variants):
+    """{title: (suite, variant)}; other suites than n16 are named."""
+    return {f"`{suite}`: " * (suite != "n16") + NAMES[variant]: (suite, variant)
+            for suite in suites for variant in variants}
 
 
-def short_table(results):
-    """The README's: quality, and whether tokens follow, with ERC and without."""
-    rows = [("", "seeds", "val_ce, plain", "ERC, alpha 1: delta [95% CI]", "alpha 0.5: delta [95% CI]",
-             "agreement, plain", "alpha 1", "alpha 0.5")]
-    for suite, ending, title in ALL:
-        plain, one, half = names = [name + ending for name in ("plain", "erc-1", "erc-0.5")]
-        ones, halves = (results.paired(suite, name, last("val_ce"), plain) for name in (one, half))
-        if ones and suite != "n16-slow":
-            rows.append((title, len(ones), mean(results.values(suite, plain, last("val_ce")), "{:.4f}"), delta(ones),
-                         delta(halves), *(mean(results.values(suite, name, last("agreement")), "{:.0%}")
-                                          for name in names)))
-    return table(*rows)
+def scan_table(results):
+    """The suites of all timescales, each with the seeds that all of them have."""
+    suites = {timescale: (suite, "plain") for suite, timescale in SCAN.items() if results.seeds(suite, "erc-0.5")}
+    every = [set(results.seeds(suite, variant)) for suite, _ in suites.values() for variant in ("plain", "erc-0.5")]
+    shared = set.intersection(*every) if every else set()
+    return rows({
+        **{title: across(("plain", "erc-0.5"), title) for title in (
+            "val_ce", "judged", "agreement", "smallest alpha", *list(PREMISE)[:3])},
+        f"{COST}, plain {CI}": across(["plain"], COST, delta),
+        f"with alpha 0.5, delta {CI}": across(["erc-0.5"], COST, delta, True),
+    }, suites)(Results({job: result for job, result in results.items() if job[2] in shared}))
 
 
-def agreement_table(results):
-    """Do tokens follow? With the paper's initial weights, with larger ones, with a z-loss, on text."""
-    rows = [("", "plain", "ERC, alpha 1", "delta, points [95% CI]", "ERC, alpha 0.5", "delta, points [95% CI]")]
-    for suite, ending, title in ALL:
-        cells = [mean(results.values(suite, f"plain{ending}", last("agreement")), "{:.0%}")]
-        for variant in ("erc-1", "erc-0.5"):
-            pairs = [100 * value for value in
-                     results.paired(suite, variant + ending, last("agreement"), f"plain{ending}")]
-            cells.append(mean(results.values(suite, variant + ending, last("agreement")), "{:.0%}"))
-            cells.append(delta(pairs, "{:+.1f}"))
-        rows.append((title, *cells))
-    return table(*rows)
+def basis(results, suite):
+    """A line for the caption: is plain ahead of dense and of a random router, of each by more than its interval?"""
+    leads = {name: results.paired(suite, name, judged) for name in ("dense", "random")}
+    if min(map(len, leads.values())) < 2:
+        return f"(`{suite}`: dense and random have not run. No basis for a sentence about quality.)"
+    words = " and ".join(f"{name} by {delta(pairs)}" for name, pairs in leads.items())
+    ahead = all(bounds(pairs)[0] > 0 for pairs in leads.values())
+    return f"(`{suite}`: plain is ahead of {words}" + (".)" if ahead else
+           "; not of both by more than the interval. No basis for a sentence about quality.)")
 
 
-def bench_table(section):
-    """The first table of a section of the benchmark."""
-    if not BENCH.exists():
-        return "(needs python experiments/bench.py)"
-    shown = bench.SECTIONS[section][1](json.loads(BENCH.read_text(encoding="utf-8"))[section])
-    return [part for part in shown.split("\n\n") if part.startswith("|")][0]
+def quality_table(results):
+    captions = [basis(results, suite) for suite in SIZES if results.seeds(suite, "plain")]
+    return "\n".join([*captions, "", rows({
+        "judged": cell("judged", mean_sd), f"delta to plain {CI}": cell("judged", delta, True),
+        "detectable": cell("judged", detectable, True), "copies": cell("copies", mean_sd),
+        "val_ce": cell("val_ce", mean_sd), f"val_ce, delta {CI}": cell("val_ce", delta, True),
+    }, named(SIZES, (*MAIN, "aoe", "dense", "random")))(results)]).lstrip()
 
 
-def n16_table(*names, others=()):
-    return lambda results: main_table(results, *(("n16", name) for name in names),
-                                      *((suite, name) for suite in others for name in SUITES[suite].variants))
+def intervals_table(results):
+    """How many intervals the tables have, and how many exclude 0: each once, by table and column."""
+    counts, seen = [("", "intervals", "exclude 0", "by chance, if all were 0")], set()
+    for name in ("premise", "scan", "constraints", "quality", "ablations"):
+        lines = [line[2:-2].split(" | ") for line in TABLES[name](results).splitlines() if line[:2] == "| "]
+        for heading, *cells in zip(*lines):
+            found = {one for one in cells if re.fullmatch(r"\S+ \[\S+, \S+\]", one)} - seen
+            seen |= found
+            outside = sum(one.split("[")[1][0] == one.split(", ")[1][0] for one in found)  # both ends of one sign
+            if found:
+                counts.append((f"{name}: {heading.replace(f' {CI}', '')}", len(found), outside,
+                               f"{len(found) / 20:.1f}"))
+    return table(*counts)
 
 
+SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
-    "short": short_table,
-    "main": n16_table("plain", "erc-1", "erc-0.5", "aoe", "dense", "plain-z", "erc-1-z",
-                      others=("n16-slow", "n64", "text")),
-    "decoupled": decoupled_table, "norms": norms_table, "weights": weights_table,
-    "alphas": n16_table(*(f"erc-{alpha}" for alpha in ("0", "0.4", "0.6", "0.8", "2", "3"))),
-    "probes": n16_table("erc-1", "probe-up", "probe-silu", "probe-swiglu", "probe-output", "no-noise", "closed-form",
-                        "orthogonal"),
-    "noise": noise_table, "agreement": agreement_table,
-    "bench-step": lambda _: bench_table("step"), "bench-erc": lambda _: bench_table("erc"),
+    "short": rows({
+        **{f"{title}, {name}": across([variant], title) for title in (COST, "agreement")
+           for name, variant in {"plain": "plain", **HALVES}.items()},
+        **{f"quality, {name} {CI}": across([variant], "judged", delta, True) for name, variant in HALVES.items()},
+    }, SIZED),
+    "premise": rows({
+        **{title: all_and_hard(title) for title in PREMISE},
+        **{f"{title} {CI}": cell(title, delta) for title in ("response less random", COST, f"{COST}, hard")},
+        f"its delta to plain {CI}": cell(COST, delta, True), "detectable": cell(COST, detectable, True),
+    }, named(SIZES, (*MAIN, "random", "aoe"))),
+    "constraints": rows({
+        **{title: across(MAIN, title) for title in ("broken", "smallest alpha", "coupling", "epsilon", "agreement")},
+        **{f"{name}: delta {CI}": across([variant], "agreement", delta, True) for name, variant in HALVES.items()},
+    }, SIZED | {"16 experts, timescale 0.18": ("n16-slow", "plain"), "16 experts, z-loss": ("n16", "plain-z")}),
+    "centres": rows({title: across(MAIN, title) for title in ("with its tokens", "with a random sample")}, SIZED),
+    "scan": scan_table, "quality": quality_table,
+    "decoupled": rows({
+        **{f"alpha {a + 1}": by_layer("loss", pick=lambda loss, a=a: [loss[a]]) for a in range(5)},
+        "smallest alpha": by_layer("smallest_alpha", ".2f"),
+    }, SIZED, (
+        "the paper's 3B: first / middle / last layer", "", "0.87 / 0.22 / 0.50", "0.69 / 0.15 / 0.44",
+        "0.26 / 0 / 0.20", "0 / 0 / 0.20", "0 / 0 / 0", "above 4")),
+    "norms": rows({
+        "norm of R[i]": by_layer("norm_R", ".2f", list), "norm of W_g[i]": by_layer("norm_W", ".1f", list),
+        "ERC loss, clean R": by_layer("loss", pick=lambda loss: loss[:1]),
+    }, named(["n16"], ("plain", "erc-1")),
+        ("the paper's 3B, plain", "", "1.85 ± 0.39 / 0.86 ± 0.08 / 0.80 ± 0.14", "30.5", "0.87 / 0.22 / 0.50"),
+        ("the paper's 3B, ERC", "", "1.67 ± 0.31 / 0.83 ± 0.07 / 0.73 ± 0.10", "29.8", "0 / 0 / 0")),
+    "ablations": rows({
+        f"delta to plain {CI}": cell("judged", delta, True), "detectable": cell("judged", detectable, True),
+        **{title: cell(title) for title in (COST, "agreement", "broken", "smallest alpha", "epsilon",
+                                            "broken under noise", "cosine of rows of R", "gate columns")},
+    }, named(["n16"], [variant for variant in NAMES if variant not in ("aoe", "dense", "random")])),
+    "intervals": intervals_table, 
+    "bench-erc": lambda _: bench.show_erc(json.loads(BENCH.read_text(encoding="utf-8"))["erc"]),
 }
-MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:[|(].*\n)*)")  # a table, or a line in brackets that stands for it
+# A table with its caption in brackets, or a line in brackets that stands for it.
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:[|(].*\n|\n(?=\|))*)")
 
 
 def filled(text, results):
     """The text, with every marked table as the result files give it."""
-    make = lambda name: TABLES[name](results) if results or name.startswith("bench") else "(not run yet)"
+    make = lambda name: TABLES[name](results) if results or name == "bench-erc" else "(not run yet)"
     return MARK.sub(lambda match: f"{match[1]}{make(match[2])}\n", text)
+
+
+# ---- Figures: each fills one, or returns False where there is nothing to draw ----
+
+
+def band(ax, points, look, **style):
+    """points: {x: values of all seeds} -> a line through their means, and a band from the smallest to the largest."""
+    xs, of_seeds = zip(*sorted(points.items())) if points else ((), ())
+    ax.plot(xs, [*map(statistics.mean, of_seeds)], color=look[0], linestyle=look[1], **style)
+    ax.fill_between(xs, [*map(min, of_seeds)], [*map(max, of_seeds)], color=look[0], alpha=0.18, linewidth=0)
+
+
+def premise_figure(fig, results):
+    """What it costs to choose by response, or at random, instead of by router, by timescale."""
+    for ax, which, title in zip(fig.subplots(1, 2), ("all", "hard"), (
+            "all validation tokens", "quarter with the highest cross-entropy")):
+        for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
+                                   ("random", "random expert", dict(linewidth=0.7))):
+            for variant, look in (("plain", LINES[0]), ("erc-0.5", LINES[2])):
+                points = {SCAN[suite]: results.values(suite, variant, premise(name, "router", which)) for suite in SCAN
+                          if results.seeds(suite, variant)}
+                band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
+        ax.set(title=f"16 experts, {title}", xscale="log", xlabel="sum of lr x decay (the paper's: 3.7)",
+               xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
+        ax.minorticks_off()
+    fig.axes[0].set_ylabel("nats above the router's choice")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return bool(results)
+
+
+def violations(fig, results):
+    """Broken constraints over training, without noise, each at its own alpha; plain at 1."""
+    for ax, suite in zip(fig.subplots(1, 3, sharey=True), SIZES):
+        for variant, look in zip(MAIN, LINES):
+            points = {}
+            for row in (row for log in results.values(suite, variant, lambda result: result["log"]) for row in log):
+                points.setdefault(row["step"], []).append(row["violated"])
+            most = max(map(len, points.values()), default=0)  # some logs are thinner
+            band(ax, {step: its for step, its in points.items() if len(its) == most}, look, label=NAMES[variant])
+        ax.set(title=SIZES[suite], xlabel="step", xlim=0, ylim=(0, 0.6))
+        ax.yaxis.set_major_formatter("{x:.0%}")
+    fig.axes[0].legend()
+    return bool(results)
+
+
+def coupling(fig, results):
+    """M of the last layer, without the loss and with it; marked is each entry that breaks a constraint, at alpha 1."""
+    from matplotlib.colors import LogNorm
+
+    variants = [variant for variant in ("plain", "erc-1") if ("n16", variant, 0) in results]
+    for ax, variant in zip(fig.subplots(1, 2), variants):
+        M = results["n16", variant, 0]["weights"][-1]["M"][-1]
+        n, own = len(M), [row[i] for i, row in enumerate(M)]
+        image = ax.imshow([[M[i][j] / min(own[i], own[j]) for j in range(n)] for i in range(n)], cmap="YlOrBr",
+                          norm=LogNorm(0.25, 5))
+        rows, columns = ([(j, i) for i in range(n) for j in range(n) if M[i][j] > own[(i, j)[k]]] for k in (0, 1))
+        for name, entries, marker in (("row", rows, "_"), ("column", columns, "|")):
+            ax.plot(*zip(*entries) if entries else ([], []), marker, color="black", markersize=7,
+                    label=f"breaks the constraint of its {name}")
+        ax.set(xlabel="expert j", ylabel="row R[i]", xticks=range(0, n, 5), yticks=range(0, n, 5),
+               title=f"{NAMES[variant]}, last layer; broken are {len(rows)} of\n{n * (n - 1)} constraints of rows,"
+                     f" {len(columns)} of {n * (n - 1)} of columns")
+        ax.grid(False)
+    if variants:
+        bar = fig.colorbar(image, ax=fig.axes, ticks=[0.25, 0.5, 1, 2, 4], format="{x:g}", extend="both")
+        bar.minorticks_off()
+        bar.set_label("M[i,j] / smaller of M[i,i], M[j,j]")
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return bool(variants)
+
+
+R = torch.tensor([[3.0, 1.0], [1.0, 3.0], [-2.0, 2.0]])                                # the README's example
+W_g = torch.tensor([[[1.0, 0.0], [0.0, 0.2]], [[0.0, 0.7], [0.9, 0.0]], [[0.5, 0.0], [0.0, 1.0]]])
+
+
+def example():
+    """M, and what in it is above the diagonal, for the README's draw of the noise -> two tensors [3, 3]."""
+    M = activation_norms(perturb(R, noise_bound(R), torch.Generator().manual_seed(0)), W_g)
+    own = M.diagonal()
+    return M, (torch.relu(M - own[:, None]) + torch.relu(M - own[None, :])).fill_diagonal_(0)
+
+
+def steps(fig, _):
+    """The three steps on the README's example of three experts in two dimensions."""
+    perturbed, *maps = fig.subplots(1, 3)
+    for i, (colour, _) in enumerate(LINES[:3]):
+        draws = torch.stack([perturb(R, noise_bound(R), torch.Generator().manual_seed(s))[i] for s in range(200)])
+        perturbed.plot(*draws.T.tolist(), ".", color=colour, markersize=2, alpha=0.5)
+        perturbed.annotate("", R[i].tolist(), (0, 0), arrowprops=dict(arrowstyle="->", color=colour, linewidth=1.6))
+        perturbed.annotate(f"R[{i}]", R[i].tolist(), xytext=(4, -3), textcoords="offset points",
+                           bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
+    perturbed.set(title="1. perturb: 200 draws\nof each proxy", xlim=(-3.6, 5), ylim=(-0.5, 5), aspect="equal")
+    for ax, values, most, title in zip(maps, example(), (4, 1), (
+            "2. probe: M, response of\nexpert j to proxy i", "3. hinge: excess over the\ndiagonal, row and column")):
+        ax.imshow(values.tolist(), cmap="YlOrBr", vmin=0, vmax=most)
+        for i, j in ((i, j) for i in range(3) for j in range(3)):
+            ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontweight="bold" if i == j else None)
+        ax.set(title=title, xlabel="expert j", ylabel="proxy i", xticks=range(3), yticks=range(3))
+        ax.grid(False)
+
+
+FIGURES = dict(premise=(premise_figure, (8, 3.6)), violations=(violations, (8, 2.7)), coupling=(coupling, (8, 4.2)),
+               steps=(steps, (8, 2.6)))
+
+
+def draw(results, folder):
+    folder.mkdir(exist_ok=True)
+    for name, (fill, size) in FIGURES.items():
+        picture(folder / f"{name}.png", lambda fig, fill=fill: fill(fig, results), size)
 
 
 def main(argv=None):
@@ -284,14 +432,14 @@ def main(argv=None):
         raise UserError("there are no results; run: python experiments/reproduce.py")
     for name, make in TABLES.items():
         print(f"\n## {name}\n\n{make(results)}")
-    for suite, variant, seed in results.missing:
-        print(f"missing: {suite}/{variant}, seed {seed}", file=sys.stderr)
+    for suite in SUITES:
+        for variant, seeds in SUITES[suite].variants.items():
+            if len(results.seeds(suite, variant)) < seeds:
+                print(f"missing: {seeds - len(results.seeds(suite, variant))} of {suite}/{variant}", file=sys.stderr)
     if options.write:
         for path in TEXTS:
             path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
-        import figures
-
-        figures.draw(results)
+        draw(results, RESULTS / "figures")
     return 0
 
 

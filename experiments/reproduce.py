@@ -177,11 +177,9 @@ def measure(model, alpha):
     loss            the ERC loss of the clean R at alpha 1, 2, 3, 4, 5: the paper's Table 2
     smallest_alpha  the smallest alpha at which the clean R breaks no constraint
     norm_R, norm_W  (mean, standard deviation) over experts of ||R[i]|| and ||W_g[i]||: the paper's Table 3
-    noise           ERC loss at the run's alpha: without noise, closed form, mean and standard deviation of 64 draws
-    noisy           share of the constraints that these draws break
+    noisy           share of the constraints at the run's alpha that 64 draws of the noise break
     cosine          mean absolute cosine of two rows of R
     neurons         mean squared cosine of two columns of W_g of the same expert, over that of two experts
-    touched         (smallest, largest) norm over experts of the gradient of the clean ERC loss in W_g
     M               [n, n] of the clean R, to four digits
     """
     found = []
@@ -190,41 +188,24 @@ def measure(model, alpha):
         M, off = activation_norms(R, W_g), ~torch.eye(n, dtype=torch.bool, device=R.device)    # (n, n), (n, n)
         generator = torch.Generator(R.device).manual_seed(0)
         draws = [activation_norms(perturb(R, noise_bound(R), generator), W_g) for _ in range(64)]
-        losses = torch.stack([coupling_hinge(draw, alpha) for draw in draws])          # (64,)
-        expected = coupling_hinge(variants.expected_norms(R, W_g), alpha)
         neurons = F.normalize(W_g, dim=1).transpose(1, 2).flatten(0, 1)                # (n D, d)
         squares = (neurons @ neurons.T).square().unflatten(1, (n, -1)).unflatten(0, (n, -1))   # (n, D, n, D)
         blocks, D = squares.sum(dim=(1, 3)), W_g.size(2)                               # (n, n)
         within = (blocks.diagonal() - D).mean() / (D * (D - 1))
-        with torch.enable_grad():
-            W = W_g.detach().requires_grad_()
-            gradient = torch.autograd.grad(coupling_hinge(activation_norms(R.detach(), W), alpha), W)[0]
-        unit, touched = F.normalize(R, dim=1), gradient.flatten(1).norm(dim=1)         # (n, d), (n,)
+        unit = F.normalize(R, dim=1)                                                   # (n, d)
         found.append(dict(
             loss=[coupling_hinge(M, a).item() for a in (1, 2, 3, 4, 5)],
             smallest_alpha=(torch.maximum(M, M.T) / M.diagonal()[:, None])[off].max().item(),
             norm_R=mean_sd(R.norm(dim=1)), norm_W=mean_sd(W_g.flatten(1).norm(dim=1)),
-            noise=[coupling_hinge(M, alpha).item(), expected.item(), *mean_sd(losses)],
             noisy=statistics.mean(coupling_report(draw, alpha)[0].item() for draw in draws),
             cosine=(unit @ unit.T)[off].abs().mean().item(),
             neurons=(within / (blocks[off].mean() / D**2)).item(),
-            touched=[touched.min().item(), touched.max().item()],
             M=rounded(M.tolist(), 4)))
     return {name: [its[name] for its in found] for name in found[0]}
 
 
 def mean_sd(values):
     return [values.mean().item(), values.std().item()]
-
-
-@torch.no_grad()
-def plane(model):
-    """Every second expert's columns of W_g in the middle layer, on their first two principal axes: [n/2, D, 2]."""
-    W_g = model.moe_layers()[len(model.moe_layers()) // 2].W_g[::2]
-    columns = W_g.transpose(1, 2).flatten(0, 1)                                        # (n/2 * D, d)
-    _, _, axes = torch.linalg.svd(columns - columns.mean(dim=0), full_matrices=False)  # (d, d)
-    points = ((columns - columns.mean(dim=0)) @ axes[:2].T).unflatten(0, W_g.shape[::2])       # (n/2, D, 2)
-    return rounded(points.tolist(), 3)
 
 
 def rounded(value, digits=6):
@@ -374,7 +355,6 @@ def run(suite, variant, seed):
         premise=rounded(premise(model, xs[-1], states, targets)) if variant != "dense" else None,
         copies=rounded(copies(model, states, targets)) if config.data == "data/demo" else None,
         centres=rounded(centres(model, xs)) if has_router(variant) else None,
-        plane=plane(model) if seed == 0 and has_router(variant) else None,
         machine=f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else
                 f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         dtype=str(train.pick_dtype(config.dtype, device))[6:], date=str(date.today()),

@@ -1,15 +1,9 @@
-"""The comparison: every variant starts from the same weights, what is measured equals loops, no result is lost, and
-tables and figures say what the results say. Nothing here trains for long.
-"""
+"""The comparison: every variant starts from the same weights, what is measured equals loops, no result is lost."""
 
 import json
 import math
-import random
-import struct
-from pathlib import Path
 from types import SimpleNamespace
 
-import figures
 import pytest
 import report
 import reproduce
@@ -18,9 +12,6 @@ import torch
 import train
 from erc_moe import MoEConfig, MoETransformer
 from prepare_data import UserError, demo_documents
-
-# ---- Runs ----
-
 
 def test_what_is_measured_in_the_weights_equals_loops():
     """Table 2, the smallest alpha, norms, and cosines of rows and of gate columns, number by number."""
@@ -45,9 +36,6 @@ def test_what_is_measured_in_the_weights_equals_loops():
         neurons=(sum(pairs[True]) / len(pairs[True])) / (sum(pairs[False]) / len(pairs[False])))
     for name, value in expected.items():
         assert found[name][1] == pytest.approx(value, rel=1e-4, abs=1e-7), f"{name}: {found[name][1]}, loops {value}"
-    clean, closed, drawn, sd = found["noise"][1]
-    assert clean == pytest.approx(expected["loss"][0], rel=1e-4), f"{clean}, loops {expected['loss'][0]}"
-    assert closed < drawn and 0 < sd < drawn, found["noise"][1]
 
 
 def test_the_premise_equals_whole_models_with_another_route():
@@ -258,72 +246,3 @@ def test_a_second_training_is_compared_with_the_spread_of_seeds(results, monkeyp
     reproduce.again("n16", "plain", 0)
     printed = capsys.readouterr().out
     assert verdict in printed and "0.0707" in printed, printed
-
-
-# ---- Tables ----
-
-
-def test_an_interval_is_students_and_deltas_are_paired():
-    """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.303, t(0.8, 2) = 1.061. Only shared seeds."""
-    assert report.delta([1.0, 2.0, 3.0], "{:+.2f}") == "+2.00 [-0.48, +4.48]"
-    assert report.detectable([1.0, 2.0, 3.0], "{:.2f}") == "3.10"
-    made = Some(dict(plain=3, dense=2))
-    end = report.last("val_ce")
-    plain, dense = ([end(made["n16", name, seed]) for seed in (0, 1)] for name in ("plain", "dense"))
-    assert made.paired("n16", "dense", end) == [dense[0] - plain[0], dense[1] - plain[1]]
-
-
-def test_tables_go_below_their_marks_and_nowhere_else():
-    """An old table below a mark is replaced, a mark without one gets one; the rest stays to the letter."""
-    for below in ("| old |\n|---|\n", "(old)\n", ""):
-        old = f"before\n\n<!-- table: main -->\n{below}\nafter | a |\n\nend\n"
-        new = report.filled(old, Some(dict(plain=2)))
-        assert new.startswith("before\n\n<!-- table: main -->\n|  | seeds | val_ce |"), new
-        assert new.endswith("|\n\nafter | a |\n\nend\n") and "old" not in new, new
-        assert report.filled(new, Some(dict(plain=2))) == new, "filled twice is not filled once"
-        assert "(not run yet)\n\nafter" in report.filled(old, Some({})), "without results a line says so"
-
-
-# ---- Figures ----
-
-VARIANTS = ("plain", "erc-0.4", "erc-0.5", "erc-1", "aoe", "dense", "probe-up", "orthogonal")
-
-
-class Some(report.Results):
-    """Results of random numbers that never were in a file: variant -> number of seeds."""
-
-    def __init__(self, seeds, n=6, layers=3):
-        self.missing = []
-        for variant, seed in [(variant, seed) for variant, count in seeds.items() for seed in range(count)]:
-            draw = random.Random(f"{variant} {seed}")
-            several = lambda count, draw=draw: [draw.uniform(0.5, 1.5) for _ in range(count)]
-            log = [dict(step=step, epsilon=0.5, agreement=0.3, violated=0.1, coupling=1.1, dead=0, balance=1.0,
-                        val_ce=draw.uniform(0.25, 0.3)) for step in (20, 40)]
-            one = dict(step=40, neurons=several(layers), smallest_alpha=several(layers), noisy=several(layers),
-                       cosine=several(layers), loss=[several(5) for _ in range(layers)],
-                       M=[[several(n) for _ in range(n)] for _ in range(layers)],
-                       **{name: [several(count) for _ in range(layers)] for name, count in
-                          (("norm_R", 2), ("norm_W", 2), ("noise", 4), ("touched", 2))})
-            self["n16", variant, seed] = dict(suite="n16", variant=variant, seed=seed, log=log, weights=[one, one],
-                                              plane=[[several(2) for _ in range(4)] for _ in range(3)])
-
-
-def test_every_table_can_be_made_of_some_results():
-    """Whatever has run so far: no table is an error."""
-    for seeds in (dict.fromkeys(VARIANTS, 2), dict(plain=1), dict(dense=1)):
-        for name, make in report.TABLES.items():
-            if not name.startswith("bench"):
-                assert make(Some(seeds)).startswith("|"), name
-
-
-def test_all_figures_are_drawn_and_fit_a_readme(tmp_path, monkeypatch):
-    """One PNG each, as wide as a README and below 200 kB; of nothing, only the worked example is drawn."""
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    for seeds, names in ((dict.fromkeys(VARIANTS, 2), set(figures.FIGURES)), ({}, {"steps"})):
-        figures.draw(Some(seeds))
-        found = {path.stem: path.read_bytes() for path in Path(tmp_path, "figures").iterdir()}
-        assert set(found) == names, f"drawn: {sorted(found)}"
-        for name, blob in found.items():
-            width = struct.unpack(">I", blob[16:20])[0]
-            assert blob[:4] == b"\x89PNG" and 700 <= width <= 1000 and 5_000 < len(blob) < 200_000, f"{name}: {width}"
-            Path(tmp_path, "figures", f"{name}.png").unlink()
