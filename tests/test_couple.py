@@ -1,4 +1,4 @@
-"""The loss in other people's models: what the README says to paste, and couple.py.
+"""The loss in models of transformers: the README's template, and couple.py.
 
 Needs transformers; the models are random and small. Run: python -m pytest tests/test_couple.py
 """
@@ -11,7 +11,6 @@ import re
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,10 @@ safetensors = pytest.importorskip("safetensors.torch", reason="reads checkpoints
 transformers = pytest.importorskip("transformers", reason="couples models of transformers, which is not installed")
 
 import couple
-from check_layer import check_layer
 from families import small_model
+from test_pasted import paste, row
 
 ROOT = Path(erc_moe.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Use it in your code")[2]
 n, d, D = 4, 32, 16  # 2D = d: gate_up_proj [n, 2D, d] is square, so that no shape tells its rows from its columns
 
 
@@ -67,23 +65,11 @@ def farthest(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-# ---- What the README says to paste ---------------------------------------------------------------
-
-
-def paste(note, names):
-    """Runs the Python block that stands under this note of the README."""
-    (block,) = re.findall(rf"<!-- {note} -->\n```python\n(.*?)```", README, re.DOTALL)
-    exec(block, names)
+# ---- The template and couple.py add the right gradient ----------------------------------------------
 
 
 def template(model, weight=1.0, alpha=0.9):
     paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=weight, alpha=alpha, step=3, device="cpu"))
-
-
-def row(start):
-    """The expressions in the second column of a row of its table."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
-    return re.findall("`(.*?)`", line.split("|")[2])
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["README", "couple.py"])
@@ -105,22 +91,6 @@ def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(ours)
     assert farthest(gradients(model), wanted) < 1e-14, f"off by {farthest(gradients(model), wanted):.1e}"
 
 
-def test_each_row_of_the_table_gives_the_gate_matrices():
-    """From W, stored as the first column says, the expression in the second makes W_g, or R."""
-    R, W_g, W_p = torch.randn(n, d), torch.randn(n, d, D), torch.randn(n, d, D)
-    gate, up = W_g.mT, W_p.mT
-    experts = [types.SimpleNamespace(gate_proj=types.SimpleNamespace(weight=W)) for W in gate]
-    for start, stored in {
-        "router [d, n]": [R.T], "a list": [None], "[n, D, d]": [gate],
-        "gate and up fused, [n, 2D, d]": [torch.cat((gate, up), dim=1), torch.stack((gate, up), dim=2).flatten(1, 2)],
-        "gate and up fused, [n, d, 2D]": [torch.cat((W_g, W_p), dim=2), torch.stack((W_g, W_p), dim=3).flatten(2, 3)],
-        "flat": [gate.reshape(n * D, d), W_g.reshape(n * d, D)],
-    }.items():
-        for W, expression in zip(stored, row(start), strict=True):
-            found = eval(expression, dict(torch=torch, W=W, experts=experts, n=n, d=d, D=D))
-            assert torch.equal(found, R if "router" in start else W_g), f"{start}: {expression}"
-
-
 def test_lora_is_coupled_by_the_merged_weight():
     """With peft, base + delta is what the layer computes with, and the loss reaches the delta; couple.py refuses."""
     peft = pytest.importorskip("peft", reason="trains with LoRA of peft, which is not installed")
@@ -135,61 +105,6 @@ def test_lora_is_coupled_by_the_merged_weight():
     assert len(gradients(model)) == 2 * (1 + n) and all("lora" in name for name in gradients(model)), gradients(model)
     refuses(model, "lora_A.default.weight")
 
-
-class Own(nn.Module):
-    """A layer of n experts of width D = d that keeps what its owner is told to keep, in lists of the dict `names`."""
-
-    def __init__(self, names, scaled=False, capacity=99, shift=0.0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.R, self.both = nn.Parameter(torch.randn(n, d)), nn.Parameter(torch.randn(n, d, 2 * d))  # gates, then ups
-        self.names, self.scaled, self.capacity, self.shift = names, scaled, capacity, shift
-
-    def forward(self, x):
-        x = x.reshape(-1, d)
-        self.names["scores"].append(0.5 * x @ self.R.T + self.shift)
-        score, expert = self.names["scores"][0].topk(2)
-        for j in range(n):
-            token, place = (expert == j).nonzero()[:self.capacity].T
-            rows = x[token] * (score[token, place, None].sigmoid() if self.scaled else 1)
-            self.names["seen"].append(torch.cat((rows, rows.new_zeros(3, d))) @ self.both[j, :, :d])  # 3 empty places
-
-
-def question(R=None, W_g=None, shape=(2, 20, d), dtype=torch.float32, **options):
-    """Runs the README's question to a layer. R and W_g: functions of its R [n, d], and of gates and ups [n, d, 2d]."""
-    names = dict(check_layer=check_layer, K=2, x=torch.randn(shape, generator=seeded(0)).to(dtype))
-    names["layer"] = layer = Own(names, **options).to(dtype)
-    names |= dict(R=R(layer.R) if R else layer.R, W_g=W_g(layer.both) if W_g else layer.both[..., :d])
-    paste("needs a layer", names)
-
-
-@pytest.mark.parametrize("case", [{}, dict(scaled=True), dict(capacity=4), dict(shift=3.0), dict(shape=(40, d)), dict(
-    dtype=torch.bfloat16), dict(dtype=torch.bfloat16, scaled=True, capacity=4)], ids=str)
-def test_the_question_accepts_what_is_right(case):
-    """Tokens scaled by their score, dropped tokens, shifted scores, x [N, d], bfloat16; and each under autocast."""
-    question(**case)
-    with torch.autocast("cpu", torch.bfloat16):
-        question(**case)
-
-
-@pytest.mark.parametrize("said, wrong", [
-    ("rows", dict(W_g=lambda both: both[..., d:])),                                     # the up half
-    ("rows", dict(W_g=lambda both: both[..., ::2])),                                    # pairs instead of halves
-    ("rows", dict(W_g=lambda both: both[..., :d].mT)),                                  # no transpose, where D = d
-    ("rows", dict(W_g=lambda both: both[..., :d].reshape(d, n, d).transpose(0, 1))),    # a wrong view of flat weights
-    ("rows", dict(W_g=lambda both: torch.cat((both[:1, :, d:], both[1:, :, :d])))),     # one of n is wrong
-    ("order", dict(W_g=lambda both: both[[1, 0, 2, 3], :, :d])),                        # two are swapped
-    ("scores", dict(R=lambda R: R.flip(0))),
-    ("scores", dict(R=lambda R: R * torch.tensor([[1.0], [2.0], [0.5], [1.0]]))),       # what a cosine router does
-    ("scores", dict(R=lambda R: 0 * R)),
-], ids=["up", "pairs", "transpose", "view", "one", "swapped", "reversed", "cosine", "zero"])
-def test_the_question_rejects_what_is_wrong(said, wrong):
-    """Other matrices, layouts and orders, another R or none: it says which of its three questions got a no."""
-    with pytest.raises(AssertionError, match=said):
-        question(**wrong)
-
-
-# ---- couple.py: once per step, unscaled, in float32, with the step's noise --------------------------
 
 TOKENS = torch.randint(64, (4, 16), generator=seeded(0))
 
@@ -363,19 +278,6 @@ def test_frozen_weights_learn_nothing_and_hold_nothing_up():
     refuses(frozen.requires_grad_(False), "can be trained")
     with torch.no_grad():
         refuses(free, "can be trained")
-
-
-def test_biases_shared_experts_and_other_names_have_no_part():
-    """They change neither the loss nor any other gradient; nor do layers that `where` leaves out."""
-    plain, richer = Listed(), Listed(bias=True)
-    richer.load_state_dict(plain.state_dict(), strict=False)
-    for layer in richer.layers:
-        layer["shared_expert"], layer["shared_expert_gate"] = nn.Linear(d, d), nn.Linear(d, 1)
-    richer.vision, wanted = Listed(), couple.add_erc_gradient(plain, 3)
-    richer.vision.layers[0]["gate"].weight.data = plain.layers[0]["gate"].weight.data.flip(0)
-    assert torch.equal(couple.add_erc_gradient(richer, 3, where="^(?!.*vision)"), wanted)
-    assert farthest(gradients(richer), gradients(plain)) == 0
-    assert couple.coupling(richer, where="^layers") == couple.coupling(plain) != couple.coupling(richer)
 
 
 SPOILT = {  # what is done to the second of two layers: what the line says of it
