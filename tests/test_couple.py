@@ -24,14 +24,11 @@ transformers = pytest.importorskip("transformers", reason="couples models of tra
 
 import couple
 from families import small_model
+from test_erc import seeded
 from test_pasted import paste, row
 
 ROOT = Path(erc_moe.__file__).parent
 n, d, D = 4, 32, 16  # 2D = d: gate_up_proj [n, 2D, d] is square, so that no shape tells its rows from its columns
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def hugging_face_model(dtype=torch.float64, **changes):
@@ -44,12 +41,12 @@ def hugging_face_model(dtype=torch.float64, **changes):
 class Listed(nn.Module):
     """Two layers of one router and a list of experts each, as many models have them."""
 
-    def __init__(self, names=("gate_proj", "up_proj", "down_proj"), bias=False):
+    def __init__(self, names=("gate_proj", "up_proj", "down_proj")):
         super().__init__()
         torch.manual_seed(1)
         sizes = dict(zip(names, ((d, D), (d, D), (D, d))))
         self.layers = nn.ModuleList(nn.ModuleDict(dict(
-            gate=nn.Linear(d, n, bias=bias),
+            gate=nn.Linear(d, n, bias=False),
             experts=nn.ModuleList(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
                                   for _ in range(n)))) for _ in range(2))
 
@@ -122,8 +119,7 @@ def test_what_is_logged_is_without_noise():
 @pytest.mark.parametrize("parts, scale", [(1, 1.0), (4, 1.0), (4, 2.0**16)])
 def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is(parts, scale):
     """The published step, with one micro-batch or four, scaled or not: the batch's gradient plus the ERC loss's."""
-    model = hugging_face_model()
-    plain = copy.deepcopy(model)
+    model, plain = hugging_face_model(), hugging_face_model()
     plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
     couple.add_erc_gradient(plain, 3)
     couple.training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler(
@@ -366,38 +362,31 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
         assert name.endswith(cells[0]) and found == pytest.approx([float(value) for value in wanted], abs=6e-4), cells
 
 
-def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
-    """No configuration, .bin files alone, a damaged file, a lost tensor, a bad --where, packed weights, llama4."""
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    """No configuration, .bin files alone, a damaged file, a lost tensor, a bad --where, packed weights, llama4; no
+    transformers: the user's errors, which run() prints in one line."""
     def refusal(*more):
         with pytest.raises((couple.UserError, OSError)) as stopped:
             run_main("report", tmp_path, *more)
         return str(stopped.value)
 
     assert "Unrecognized model" in refusal()
-    model = small_model("olmoe")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    small_model("olmoe").save_pretrained(tmp_path)
+    file, lost = tmp_path / "model.safetensors", "model.layers.0.mlp.gate.weight"
     state = safetensors.load_file(file)
     file.unlink()
     (tmp_path / "pytorch_model.bin").touch()
     assert re.search("no file named model.safetensors .* save_pretrained makes safetensors", refusal())
     file.write_bytes(b"cut off")
     assert "model.safetensors is damaged" in refusal()
-    lost = "model.layers.0.mlp.gate.weight"
     safetensors.save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
     assert "lacks layers.0.mlp.gate.weight" in refusal() and "--where [ is no regular" in refusal("--where", "[")
     safetensors.save_file(state | {lost: state[lost].to(torch.float8_e4m3fn)}, file)
     assert f"{lost} is stored in 8 bits or less" in refusal()
     small_model("llama4").save_pretrained(tmp_path)
     assert "a Llama4TextMoe, cannot be coupled as it is" in refusal()
-
-
-def test_without_transformers_the_programs_say_what_to_install(monkeypatch):
-    """It is the user's error, in one line."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for arguments in ([], ["report", "."]):
-        with pytest.raises(couple.UserError, match="pip install transformers"):
-            run_main(*arguments)
+    assert "pip install transformers" in refusal()
 
 
 if __name__ == "__main__":

@@ -106,11 +106,11 @@ def gradients(loss):
 
 
 def test_checkpointing_around_the_loss_draws_other_noise_in_the_backward_pass():
-    """A pitfall: with a generator, the gradient of R is off by more than a tenth; without one it is right."""
+    """A pitfall: with a generator, the gradient of R is off by more than half."""
     right = gradients(erc_moe.erc_loss)
     again = gradients(functools.partial(checkpoint, erc_moe.erc_loss, use_reentrant=False))
     off = (again[0] - right[0]).norm() / right[0].norm()
-    assert off > 0.1, f"off by {off:.0%} only: the README warns of it"
+    assert off > 0.5, f"off by {off:.0%} only: the README says about 80%"
 
 
 def test_a_router_of_zeros_looks_coupled():
