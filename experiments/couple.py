@@ -273,7 +273,7 @@ def main(argv):
     except re.error as error:
         raise UserError(f"--where {arguments.where} is no regular expression: {error}") from None
     except ValueError as error:
-        raise UserError(error) from None
+        raise UserError(str(error).partition("\n")[0]) from None
 
 
 if __name__ == "__main__":

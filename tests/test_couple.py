@@ -1,7 +1,4 @@
-"""The loss in models of transformers: the README's template, and couple.py.
-
-Needs transformers; the models are random and small. Run: python -m pytest tests/test_couple.py
-"""
+"""The loss in models of transformers, small and random: the README's template, and couple.py."""
 
 import contextlib
 import copy
@@ -88,7 +85,6 @@ def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(ours)
     assert farthest(gradients(model), wanted) < 1e-14, f"off by {farthest(gradients(model), wanted):.1e}"
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lora_is_coupled_by_the_merged_weight():
     """With peft on OLMoE: the README's base + delta is what merging gives, and the loss reaches the delta alone."""
     peft = pytest.importorskip("peft", reason="trains with LoRA of peft, which is not installed")
@@ -365,8 +361,7 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
 
 
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
-    """No configuration, .bin files alone, a damaged file, a lost tensor, a bad --where, packed weights, llama4; no
-    transformers: the user's errors, which run() prints in one line."""
+    """No configuration, .bin files alone, a damaged file, a lost tensor, a bad --where, 8 bits, llama4, no package."""
     def refusal(*more):
         with pytest.raises((couple.UserError, OSError)) as stopped:
             run_main("report", tmp_path, *more)
