@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erc_moe.py li
 import torch
 
 from erc_moe import activation_norms, coupling_hinge, coupling_report, erc_loss, noise_bound
-from prepare_data import UserError, run
+from prepare_data import UserError, run_program
 
 # The tensors that a MoE layer may hold, by their names in transformers 5. In all layers with these names, but for those
 # in REFUSED, router and experts see the same tokens. (Mixtral can jitter them in training, but before both.)
@@ -277,4 +277,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))
