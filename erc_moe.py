@@ -135,10 +135,10 @@ def setting(default, help, least=0):
 
 def check_numbers(settings):
     """ValueError, with name and value, for a number in a dataclass of settings that is too small or not finite."""
-    for field in fields(settings):
-        value, least = getattr(settings, field.name), field.metadata["least"]
-        if field.type in (int, float) and not least <= value < 1e38:  # float32 ends there; false for nan, too
-            raise ValueError(f"{field.name} must be at least {least} and below 1e38, got {value}")
+    for one in fields(settings):
+        value, least = getattr(settings, one.name), one.metadata["least"]
+        if one.type in (int, float) and not least <= value < 1e38:  # float32 ends there; false for nan, too
+            raise ValueError(f"{one.name} must be at least {least} and below 1e38, got {value}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ class MoEConfig:
                              " from the data; leave renormalize off, or use top_k 2")
 
 
+# ---- Balance losses --------------------------------------------------------------------------------------------------
 def balance_loss(probs, load):
     """n * sum_i f_i P_i (Switch Transformer, arXiv 2101.03961).  probs [N, n], load [n] -> scalar; 1.0 when balanced.
 
@@ -188,6 +189,7 @@ def z_loss(logits):
     return logits.logsumexp(dim=-1).square().mean()
 
 
+# ---- The Mixture-of-Experts layer ------------------------------------------------------------------------------------
 class MoEStats(NamedTuple):
     """What a MoE layer reports beside its output. The trainer multiplies by the weights of the losses."""
 
@@ -245,7 +247,7 @@ class MoE(nn.Module):
 
         # SiLU(x W_g) * (x W_p), then W_o, each expert on its own rows. grouped_mm ignores autocast, so we cast.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W_gp = torch.cat((self.W_g.to(dtype), self.W_p.to(dtype)), dim=-1)             # (n, d, 2D)
+        W_gp = torch.cat((self.W_g.to(dtype), self.W_p.to(dtype)), dim=-1)             # (n, d, 2*D)
         rows = x.index_select(0, row_token).to(dtype)                                  # (N*K, d)
         g, p = F.grouped_mm(rows, W_gp, offs=row_ends).chunk(2, dim=-1)                # (N*K, D) each
         h = F.silu(g) * p
@@ -263,6 +265,7 @@ class MoE(nn.Module):
         return y.view(x.shape), MoEStats(balance_loss(probs, load), z_loss(logits), load)
 
 
+# ---- Attention -------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in the weight's type: float32 under autocast, whatever x is."""
 
@@ -310,6 +313,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+# ---- A block of attention and experts, and the whole transformer -----------------------------------------------------
 class Block(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x)).  x [B, T, d] -> (x [B, T, d], MoEStats)."""
 
@@ -408,25 +412,31 @@ class MoETransformer(nn.Module):
         return tokens
 
 
+# ---- The loss at work: python erc_moe.py -----------------------------------------------------------------------------
 def heat_map(M):
-    """M [n, n] as text, each row scaled to its largest entry: '@' is at least 0.9 of it, ' ' below 0.1."""
-    share = M / M.amax(dim=1, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)       # (n, n)
-    return "\n".join("  " + "".join(2 * " .:-=+*#%@"[min(9, int(10 * s))] for s in row) for row in share.tolist())
+    """M [n, n] as text. Each entry is compared with the smaller diagonal entry of its row and its column: '@' exceeds
+    it, and so violates a constraint of alpha 1; '%' is as large, as on the diagonal; the less, the fainter.
+    """
+    own = M.diagonal()
+    share = M / torch.minimum(own[:, None], own[None, :]).clamp(min=torch.finfo(M.dtype).tiny)         # (n, n)
+    return "\n".join("  " + "".join(2 * ("@" if s > 1 else " .:-=+*#%"[int(8 * s)]) for s in row)
+                     for row in share.tolist())
 
 
 if __name__ == "__main__":
-    # The loss at work on random weights, without any data. At first, half of all constraints are broken. After 60 steps
-    # of Adam, each diagonal entry of M is the largest of its row and column. The loss has noise, the M shown has none.
+    # Random weights, without any data. At first, half of all constraints are violated. After 60 steps of Adam, each
+    # diagonal entry of M is the largest of its row and column. The loss has noise, the M shown has none.
     torch.manual_seed(0)
     R, W_g = parameter(8, 64, std=64**-0.5), parameter(8, 64, 32, std=64**-0.5)
-    optimizer = torch.optim.Adam([R, W_g], lr=3e-3)
+    optimizer, shown = torch.optim.Adam([R, W_g], lr=3e-3), []
     for step in range(61):
         loss = erc_loss(R, W_g)
         if step in (0, 60):
             M = activation_norms(R, W_g)
             violated, coupling = coupling_report(M)
-            print(f"step {step:2d}: loss {loss:.4f}, constraints violated {violated:.0%}, coupling {coupling:.2f}")
-            print(heat_map(M.detach()))
+            shown += [f"step {step:2d}: loss {loss:.4f}, constraints violated {violated:.0%}, coupling {coupling:.2f}",
+                      heat_map(M.detach())]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    print("\n".join(shown))

@@ -16,6 +16,7 @@ import torch
 
 import erc_moe
 
+SOURCE = Path(erc_moe.__file__).read_text(encoding="utf-8")
 n, d, D = 5, 12, 7  # experts, width of the model, width inside an expert; all different, so that a transpose shows
 
 
@@ -166,6 +167,9 @@ def test_smaller_alpha_never_lowers_the_loss(erc):
     R, W_g = weights()
     losses = [clean_loss(erc, R, W_g, alpha).item() for alpha in (0, 0.25, 0.5, 1, 1.5, 2, 3, 10)]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] > losses[-1] == 0, losses
+    off_diagonal = loop_M(R, W_g).fill_diagonal_(0)
+    everything = 2 * off_diagonal.sum().item() / n**2
+    assert losses[0] == pytest.approx(everything), "at alpha 0 it is every response to another's proxy, and no way out"
 
 
 def test_report_counts_constraints_and_measures_the_diagonal(erc):
@@ -211,6 +215,42 @@ def test_the_gradient_is_that_of_a_loss_with_epsilon_and_delta_fixed(erc):
     expected = (R_tilde / R).detach() * by_proxy
     assert torch.allclose(got[0], expected, rtol=1e-10), f"R: off by {(got[0] - expected).abs().max():.2e}"
     assert torch.allclose(got[1], by_gate, rtol=1e-10), f"W_g: off by {(got[1] - by_gate).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("term", ["row", "column"])
+def test_which_way_a_step_moves_router_rows_and_experts(erc, term):
+    """By hand, with u_ij the direction of R~[i] W_g[j] and one broken constraint against the pair (i, i).
+
+    Row, M[i,j] > alpha M[i,i]: R~[i] moves by alpha W_g[i] u_ii - W_g[j] u_ij, towards what excites its own expert and
+    away from what excites the other one; W_g[i] gains alpha R~[i] u_ii^T, W_g[j] loses R~[i] u_ij^T.
+    Column, M[j,i] > alpha M[i,i]: R~[i] gains alpha W_g[i] u_ii, R~[j] loses W_g[i] u_ji; W_g[i] turns from proxy j to
+    its own.
+    """
+    alpha, u = 0.9, lambda i, j: R[i] @ W_g[j] / (R[i] @ W_g[j]).norm()
+    R, W_g = torch.tensor([[3.0, 0, 0], [0, 2, 0], [0, 0, 1]]).double(), 1e-3 * weights(3, 3, 4)[1].double()
+    W_g += torch.eye(3, 4)[:, None] * torch.eye(3)[:, :, None] * torch.tensor([1, 2, 6])[:, None, None]
+    i, j = (0, 1) if term == "row" else (1, 0)  # either way it is M[0, 1] that is too large
+    W_g[1, 0, 0] += 3.1 / 3 if term == "row" else 4.1 / 3
+    if term == "row":
+        W_g[1, 1, 1] += 1
+    else:
+        W_g[0, 0, 0] += 2
+    M = loop_M(R, W_g)
+    broken = [(a, b, kind) for a in range(3) for b in range(3) if a != b
+              for kind, entry in (("row", M[a, b]), ("column", M[b, a])) if entry > alpha * M[a, a]]
+    assert broken == [(i, j, term)], f"the example breaks {broken}"
+    down = [torch.zeros_like(R), torch.zeros_like(W_g)]  # what a step adds, but for its length
+    if term == "row":
+        down[0][i] = alpha * W_g[i] @ u(i, i) - W_g[j] @ u(i, j)
+        down[1][i], down[1][j] = alpha * torch.outer(R[i], u(i, i)), -torch.outer(R[i], u(i, j))
+    else:
+        down[0][i], down[0][j] = alpha * W_g[i] @ u(i, i), -W_g[i] @ u(j, i)
+        down[1][i] = alpha * torch.outer(R[i], u(i, i)) - torch.outer(R[j], u(j, i))
+    R.requires_grad_(), W_g.requires_grad_()
+    gradients = torch.autograd.grad(clean_loss(erc, R, W_g, alpha), (R, W_g))
+    for name, expected, gradient in zip(("R", "W_g"), down, gradients):
+        off = (expected / 9 + gradient).abs().max().item()
+        assert off < 1e-9, f"{name}: the step differs from the one by hand by {off:.1e}"
 
 
 def test_autograd_agrees_with_finite_differences(erc):
@@ -342,6 +382,20 @@ def test_in_the_model_it_is_the_mean_over_layers(erc):
     model, generator = small_model(erc), seeded()
     by_layer = [erc.erc_loss(block.moe.R, block.moe.W_g, 0.5, generator).item() for block in model.blocks]
     assert model.erc_loss(0.5, generator=seeded()).item() == pytest.approx(sum(by_layer) / 3, rel=1e-6), by_layer
+    assert model.erc_loss(generator=seeded()) == model.erc_loss(1.0, generator=seeded()), "alpha is 1 unless it is said"
+
+
+def test_a_sigmoid_router_needs_one_line_and_leaves_the_loss_as_it_is(erc):
+    """softmax replaced in `route`: other weights and the same experts, a balance loss that is 1 when balanced."""
+    copy, x = types.ModuleType("sigmoid"), torch.randn(1, 50, 16)
+    sys.modules["sigmoid"] = copy
+    assert SOURCE.count("probs = logits.softmax(dim=-1)") == 1
+    exec(SOURCE.replace("probs = logits.softmax(dim=-1)", "probs = logits.sigmoid()"), copy.__dict__)
+    model, other = small_model(erc), small_model(copy)
+    assert model.erc_loss(generator=seeded()) == other.erc_loss(generator=seeded())
+    (_, _, weights, experts), (_, _, soft, same) = (m.blocks[0].moe.route(x[0]) for m in (other, model))
+    assert torch.equal(experts, same) and not torch.allclose(weights, soft), "the choice of experts has changed"
+    assert abs(other.blocks[0].moe(x)[1].balance.item() - 1) < 0.2, "scores of a sigmoid are not made to sum to 1"
 
 
 def test_routing_uses_the_clean_R(erc):
@@ -353,9 +407,6 @@ def test_routing_uses_the_clean_R(erc):
 
 
 # ---- The block to paste, and mistakes that must not go unseen ----
-
-SOURCE = Path(erc_moe.__file__).read_text(encoding="utf-8")
-
 
 def test_the_marked_block_runs_alone_under_import_torch(erc):
     """What lies between the two paste lines needs nothing else, and gives the same number."""

@@ -449,7 +449,8 @@ def train(run, extra_loss=None, watch=None):
               f"data:  {config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
               flush=True)
     hidden = None if run.log and not getattr(sys.stderr, "closed", True) else True  # stderr is None where it is closed
-    with signals_noted() as signals, tqdm(total=config.steps, initial=run.step, unit="step", disable=hidden) as bar:
+    with (signals_noted() as signals, run.log or contextlib.nullcontext(),
+          tqdm(total=config.steps, initial=run.step, unit="step", disable=hidden) as bar):
         for step in range(run.step + 1, config.steps + 1):
             last = step == config.steps
             evaluates = last or (config.eval_every and step % config.eval_every == 0)
@@ -502,19 +503,19 @@ def train(run, extra_loss=None, watch=None):
                 row.update(evaluate(model, run.val, run.device, run.autocast))
                 if watch:
                     watch(model, step)
-            if logs and run.log:
+            if logs:
                 row["tokens_per_s"] = steps * run.step_tokens / seconds
+            if logs and run.log:
                 csv.DictWriter(run.log, LOG_COLUMNS, lineterminator="\n").writerow(row)
                 run.log.flush()
-                with bar.external_write_mode():
-                    print(log_line(run, row, seconds / steps if steps > 1 else 0), flush=True)
             if saves and run.log:  # after the line of this step, which a resumed run does not write again
                 run.save()
+            if logs and run.log:
+                with bar.external_write_mode():
+                    print(log_line(run, row, seconds / steps if steps > 1 else 0), flush=True)
             timed_from, clock = step, time.perf_counter()
             if stop:
                 break
-    if run.log:
-        run.log.close()
     return dict(row, signal=0 if run.step == config.steps else stop)
 
 

@@ -7,24 +7,19 @@ Both need the package transformers. experiments/results/families.md lists the mo
 
 For your own loop copy, below `import re` and `import torch`, the block of erc_moe.py between its two paste lines, and
 this file from ROUTER to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
-per optimizer step, where `training_step` does. What can go wrong:
+per optimizer step, where `training_step` does. Beside the pitfalls of the README:
 
-* Gradient accumulation. The loss is one of the weights, not of tokens. Add it once, undivided, after the last
-  micro-batch. A loop with several optimizer.step() needs it before each of them.
 * GradScaler. Its factor is on the gradients until scaler.unscale_(optimizer). Add after that, and before clipping.
 * DDP. It averages gradients within backward; what comes later is averaged by no one. Add it after the last backward, on
   every process, with the same noise. Hence the noise comes from `step` and not from torch's global stream.
-* FSDP2, tensor and expert parallelism. Weights are DTensors, of which each process holds a slice. full_tensor() gathers
-  R and W_g here, a layer at a time, on all processes at once: `coupling` too must run on each. Not tested: the older
-  FullyShardedDataParallel, whose slices are refused, and DeepSpeed.
+* FSDP2 and tensor parallelism. A process holds a slice of each weight, a DTensor. full_tensor() gathers it here, on all
+  processes at once: `coupling` too must run on each. Not tested: the older FullyShardedDataParallel, and DeepSpeed.
+* Expert parallelism. Experts in DTensors are gathered in the same way. Where each process holds n / p plain experts,
+  the layer is refused. Gather their values, put your own slice back, and call erc_loss: the README's table has it.
 * Pipeline parallel. The mean is over the layers of the whole model: on a stage, weight is own layers / all layers.
 * Trainer. The place is on_pre_optimizer_step(args, state, control, model, **_) of a callback, with state.global_step as
   `step`. Clipping is over by then; in float16, max_grad_norm must be above 0, or nothing has unscaled the gradients.
-* Evaluation. Leave it out there: with its noise, the validation loss would be random. `coupling` has none.
 * Frozen weights. A layer learns what may be trained, router or gate. LoRA freezes and renames both: an error.
-* Biases. They have no part in the loss. Where a router has one, tokens follow R only in part.
-* Maps before the experts. Where tokens are projected or normalised between router and experts, the proxies must be too.
-  A layer that does so is refused, as is every layer with a tensor that is not known here.
 """
 
 import argparse
@@ -37,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erc_moe.py li
 import torch
 
 from erc_moe import activation_norms, coupling_hinge, coupling_report, erc_loss, noise_bound
+from prepare_data import UserError, run_program
 
 # The tensors that a MoE layer may hold, by their names in transformers 5. In all layers with these names, but for those
 # in REFUSED, router and experts see the same tokens. (Mixtral can jitter them in training, but before both.)
@@ -65,10 +61,7 @@ REFUSED = {  # class -> why its R and W_g cannot be coupled as they are
 
 
 def moe_layers(model, where=""):
-    """name -> module, of the modules with experts whose name holds a match of the regular expression `where`.
-
-    Raises ValueError where there is none, and for one whose class is in REFUSED.
-    """
+    """name -> module with experts, if `where` matches in its name. ValueError for none, and for a class in REFUSED."""
     layers = {}
     for name, module in model.named_modules():
         children, kind = dict(module.named_children()), type(module).__name__
@@ -88,15 +81,16 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def gate_matrices(held, experts, R):
+def gate_matrices(held, experts, R, gather):
     """W_g [n, d, D] of the tensors that a layer holds: x W_g[j] enters the activation. None where shapes do not fit."""
-    if listed := [whole(tensor) for name, tensor in held.items() if LISTED.fullmatch(name)]:
-        return torch.stack(listed).mT if all(W.shape == (len(listed[0]), R.size(1)) for W in listed) else None
+    if listed := [gather(tensor) for name, tensor in held.items() if LISTED.fullmatch(name)]:
+        return torch.stack(listed).mT if all(W.shape == listed[0].shape for W in listed) else None
     if FLAT in held:
-        return whole(held[FLAT]).unflatten(0, (len(R), -1)).mT
+        D, rest = divmod(len(held[FLAT]), len(R))
+        return None if rest else gather(held[FLAT]).unflatten(0, (len(R), D)).mT
     for name, (down_name, parts) in FUSED.items():
         if name in held and down_name in held:
-            W, down = whole(held[name]), held[down_name]
+            W, down = gather(held[name]), held[down_name]
             if getattr(experts, "is_transposed", False):  # transformers states it; where 2D = d no shape tells
                 W, down = W.mT, down.mT
             n, D = down.size(0), down.size(-1)
@@ -105,27 +99,29 @@ def gate_matrices(held, experts, R):
             return (W[:n, :D] if getattr(experts, "is_concatenated", True) else W[:n, ::2]).mT
 
 
-def router_and_gates(name, layer):
-    """(R [n, d], W_g [n, d, D]) of a MoE layer.
+def router_and_gates(name, layer, gather=whole):
+    """(R [n, d], W_g [n, d, D]) of a MoE layer, which gradients reach: the parameters, views of them, or their stack.
 
-    They are the parameters, or views of them (a list of experts is stacked, which copies): gradients reach them. Shared
-    and identity experts are not among them. Raises ValueError, with the layer's name, where they are not understood.
+    Shared and identity experts are left out. Raises ValueError, with the layer's name, where it is not understood.
     """
     held = {tensor.replace("_orig_mod.", ""): value  # (what torch.compile calls the module that it wraps)
             for tensor, value in [*layer.named_parameters(), *layer.named_buffers()]}
-    if packed := [tensor for tensor, value in held.items() if value.dtype.itemsize == 1]:
-        raise ValueError(f"{name} holds {packed[0]} in {held[packed[0]].dtype}; load the model dequantized")
+    for tensor, value in held.items():
+        if value.dtype.itemsize == 1 or value.is_meta:
+            raise ValueError(f"{name} holds {tensor} in {value.dtype} on {value.device}; load it whole and dequantized")
     routers = [tensor for tensor in held if ROUTER.fullmatch(tensor)]
     if unknown := [tensor for tensor in held if tensor not in (FLAT, *FUSED, *routers)
                    and not LISTED.fullmatch(tensor) and not OTHERS.fullmatch(tensor)]:
         maybe = "" if routers else "; no router was found, and one of them may be it"
         raise ValueError(f"{name} holds {', '.join(unknown)}, not known here{maybe}; call erc_loss yourself; {MAPPED}")
-    R, W_g, rest = whole(held[routers[0]]) if len(routers) == 1 else None, None, 0
+    if any(LISTED.fullmatch(tensor) and tensor.replace(".w1.", ".w3.") in held.keys() - {tensor} for tensor in held):
+        raise ValueError(f"{name} holds w1 and w3 of each expert; call erc_loss with what enters the activation")
+    R, W_g, rest = gather(held[routers[0]]) if len(routers) == 1 else None, None, 0
     if R is not None and R.ndim == 2:
         experts, router = getattr(layer, "experts", layer), layer.get_submodule(routers[0].split(".")[0])
-        W_g = gate_matrices(held, experts, R)
+        W_g = gate_matrices(held, experts, R, gather)
         rest = getattr(experts, "zero_expert_num", 0) + getattr(router, "n_shared_experts", 0)  # R's last rows
-    if W_g is None or len(R) != len(W_g) + rest:
+    if W_g is None or W_g.ndim != 3 or R.shape != (len(W_g) + rest, W_g.size(1)):
         shapes = [f"{tensor} {list(held[tensor].shape)}" for tensor in held if not tensor.startswith("shared_")][:3]
         raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d], but has {', '.join(shapes)};"
                          " transpose or gather them, and call erc_loss yourself")
@@ -136,10 +132,12 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0, where=""):
     """Adds the gradient of weight * ERC loss -> the ERC loss [], mean over layers; a tensor, so that nothing waits.
 
     Once per optimizer step, after the last backward and scaler.unscale_, before clipping. Its noise depends on `step`
-    and on the layer, and on nothing else. `where` picks layers by their names: r"^(?!.*vision)" leaves a vision tower
-    out. Raises ValueError where nothing can be trained, and as the above do.
+    and the layer alone. `where` picks layers by name: r"^(?!.*vision)" leaves a vision tower out. Raises ValueError,
+    before anything is added, where nothing can be trained, and as the above do.
     """
     layers, losses = moe_layers(model, where), []
+    for name, layer in layers.items():  # shapes alone, nothing is gathered: a refusal comes before the first gradient
+        router_and_gates(name, layer, lambda tensor: torch.empty(tensor.shape, device="meta"))
     for i, (name, layer) in enumerate(layers.items()):  # one by one: only one's n * n responses [D] are alive
         R, W_g = router_and_gates(name, layer)
         noise = torch.Generator(R.device).manual_seed(int(step) * len(layers) + i)
@@ -195,29 +193,30 @@ def demonstration():
 
 
 def open_checkpoint(source, where=""):
-    """A checkpoint in safetensors -> (its MoE layers, still without weights; a function that loads one of them).
+    """A folder, or a name on the hub -> (its MoE layers, still without weights; a function that loads one of them).
 
-    source: a folder, or a name on Hugging Face's hub. Names and layouts in files are transformers' business: it builds
-    the model without weights, and converts what is read. Raises OSError or ValueError, with the reason.
+    Files, names and layouts are transformers' business: it builds the model without weights, finds the files that it
+    would load, and converts what is read. Raises OSError or ValueError, with the reason.
     """
-    from huggingface_hub import snapshot_download
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
-    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 
-    folder, slices = Path(source), {}
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+    config, slices = AutoConfig.from_pretrained(source), {}
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
+        model = AutoModel.from_config(config)
+    layers = moe_layers(model, where)
+    named = getattr(config, "transformers_weights", None)
+    try:  # (the second True: without asking the hub to convert .bin files)
+        for file in _get_resolved_checkpoint_files(source, None, None, True, None, True, named)[0]:
             opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-        slices |= {saved: opened.get_slice(saved) for saved in opened.keys()}
+            slices |= {saved: opened.get_slice(saved) for saved in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
+    except OSError as error:
+        raise OSError(f"{error} If it has .bin files: save_pretrained makes safetensors of them") from None
     steps, names = get_model_conversion_mapping(model), model.state_dict()
     renaming = [step for step in steps if isinstance(step, WeightRenaming)]
     converting = [step for step in steps if not isinstance(step, WeightRenaming)]
@@ -230,9 +229,9 @@ def open_checkpoint(source, where=""):
             raise ValueError(f"{packed[0]} is stored in 8 bits or less; save the model dequantized")
         convert_and_load_state_dict_in_model(model, own, LoadStateDictConfig(weight_mapping=steps))
         if lacking := [weight for weight, value in layer.named_parameters() if value.is_meta]:
-            raise ValueError(f"{folder} lacks {name}.{lacking[0]}, or holds it in another shape")
+            raise ValueError(f"{source} lacks {name}.{lacking[0]}, or holds it in another shape")
 
-    return moe_layers(model, where), load
+    return layers, load
 
 
 @torch.no_grad()
@@ -261,20 +260,21 @@ def report(source, where=""):
         layer.to("meta")
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description="Couples a small random OLMoE, or tells how coupled a checkpoint is.")
     command = parser.add_subparsers(dest="command").add_parser("report", help="how coupled is this checkpoint?")
-    command.add_argument("source", metavar="FOLDER_OR_NAME",
-                         help="with config.json and model*.safetensors, or on the hub")
+    command.add_argument("source", metavar="FOLDER_OR_NAME", help="a checkpoint in safetensors, or its name on the hub")
     command.add_argument("--where", default="", help="only layers whose name holds a match of this regular expression")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         report(arguments.source, arguments.where) if arguments.command else demonstration()
     except ImportError as error:
-        sys.exit(f"couple.py: error: {error}; pip install transformers==5.23.0")
-    except (OSError, ValueError) as error:
-        sys.exit(f"couple.py: error: {str(error).splitlines()[0]}")
+        raise UserError(f"{error}; pip install transformers==5.23.0") from None
+    except re.error as error:
+        raise UserError(f"--where {arguments.where} is no regular expression: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error).partition("\n")[0]) from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

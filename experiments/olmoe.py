@@ -9,8 +9,6 @@ Two layouts are known, and told apart by their names (D is intermediate_size, d 
   per expert, as in the released files   mlp.experts.{j}.gate_proj.weight [D, d], up_proj [D, d], down_proj [d, D]
   fused, as in current transformers      mlp.experts.gate_up_proj [n, 2D, d], mlp.experts.down_proj [n, d, D]
 Ours is neither: W_g[j] = gate_proj.weight.T, W_p[j] = up_proj.weight.T, W_o[j] = down_proj.weight.T.
-
-How coupled the layers of such files are, says `python experiments/couple.py report FOLDER`.
 """
 
 import sys
@@ -36,10 +34,7 @@ LAYER_NAMES = {  # in our Block: in theirs, below model.layers.{i}; the experts 
 
 
 def olmoe_config(settings):
-    """Our MoEConfig for `settings`, the dict that config.json holds.
-
-    Raises ValueError for a setting that is missing, or that our model does not know.
-    """
+    """Our MoEConfig for `settings`, the dict of config.json. ValueError for what is missing or unknown."""
     needed = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size",
               "intermediate_size", "num_experts", "num_experts_per_tok")  # in the order of MoEConfig
     for name in needed:
@@ -64,10 +59,9 @@ def take(tensors, name, *shape):
     """tensors[name] of this shape. Raises ValueError, with the name, where it is missing or shaped otherwise."""
     if name not in tensors:
         raise ValueError(f"{name} is missing")
-    tensor = tensors[name]
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} should be {list(shape)}, but is {list(tensor.shape)}")
-    return tensor.detach()
+    if tuple(tensors[name].shape) != shape:
+        raise ValueError(f"{name} should be {list(shape)}, but is {list(tensors[name].shape)}")
+    return tensors[name].detach()
 
 
 def expert_names(tensors, layer, part, config):
@@ -94,10 +88,9 @@ def expert_weights(tensors, layer, part, config):
 
 @torch.no_grad()
 def load_olmoe(tensors, config):
-    """Our model, in float32, with the weights of OLMoE.
+    """Our model, in float32, with OLMoE's weights: a state dict in either layout, and a config from `olmoe_config`.
 
-    tensors: names of OlmoeForCausalLM -> tensors, a state dict in either layout; config: from `olmoe_config`. Raises
-    ValueError, with the name, for a tensor that is missing, unexpected, or not shaped as config says.
+    Raises ValueError, with the name, for a tensor that is missing, unexpected, or not shaped as config says.
     """
     model = MoETransformer(config)
     sources = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",

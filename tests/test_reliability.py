@@ -155,7 +155,8 @@ def stop_in(step, what):
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_event_loses_no_saved_step(data, attempt, straight, every):
-    """SIGKILL in steps, and at file events of a run with 3 saves: the last one loads, and the run ends as if nothing had happened."""
+    """SIGKILL in steps, and at file events of a run with 3 saves: the last one loads, and the run resumed from it ends
+    as if nothing had happened."""
     kills = 0
     for kill_at in range(every, 500, every):
         shutil.rmtree("out", ignore_errors=True)

@@ -210,7 +210,7 @@ def test_every_window_is_drawn_and_begins_with_an_end_of_text_where_all_document
     for s, places in enumerate(((3, 7, 15, 21, 29, 37, 41, 49, 52, 59), (0, 8, 15, 22, 30))):
         for p in places:
             shards[s][p] = EOT
-    for s, shard in enumerate(shards):
+    for shard in shards:
         for offset in range(len(shard)):
             ahead = (offset + i for i in range(T))
             start = next(p for p in ahead if shard[p % len(shard)] == EOT) if longest == 8 else offset
