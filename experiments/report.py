@@ -302,7 +302,7 @@ TABLES = {
         **{title: cell(title) for title in (COST, "agreement", "broken", "smallest alpha", "epsilon",
                                             "broken under noise", "cosine of rows of R", "gate columns")},
     }, named(["n16"], [variant for variant in NAMES if variant not in ("aoe", "dense", "random")])),
-    "intervals": intervals_table, 
+    "intervals": intervals_table,
     "bench-erc": lambda _: bench.show_erc(json.loads(BENCH.read_text(encoding="utf-8"))["erc"]),
 }
 # A table with its caption in brackets, or a line in brackets that stands for it.
