@@ -108,9 +108,8 @@ def at_timescale(timescale, settings):
     return dict(settings, moe_weight_decay=float(f"{timescale / total:.4g}"))  # rounded: the same on every machine
 
 
-def seeds(table):
-    """{number: "names"} -> {name: number}"""
-    return {name: number for number, names in table.items() for name in names.split()}
+def seeds(number, names):
+    return dict.fromkeys(names.split(), number)
 
 
 SMALL = dict(vocab_size=320, context_length=256, n_layers=3, n_heads=3, d_model=96)
@@ -121,15 +120,14 @@ DEMO = dict(data="data/demo", steps=800, batch_size=8, accumulate=1, lr=4e-3, wa
 PAPER = 3.7  # 167,000 steps with a learning rate from 4e-4 to 4e-5 and a decay of 0.1
 MAIN = ("plain", "erc-1", "erc-0.5")
 SUITES = {
-    "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds({
-        25: "plain erc-1 erc-0.5", 8: "dense random", 5: "aoe erc-0.4 erc-0.6 erc-0.8",
-        3: "erc-0 erc-2 erc-3 probe-up probe-silu probe-swiglu probe-output no-noise closed-form orthogonal plain-z"
-           " erc-1-z erc-0.5-z"})),
-    "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds({8: "plain erc-1 erc-0.5", 3: "dense random"})),
+    "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds(25, "plain erc-1 erc-0.5") | seeds(8, "dense random")
+                 | seeds(5, "aoe erc-0.4 erc-0.6 erc-0.8") | seeds(3, "erc-0 erc-2 erc-3 plain-z erc-1-z erc-0.5-z"
+                 " probe-up probe-silu probe-swiglu probe-output no-noise closed-form orthogonal")),
+    "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds(8, "plain erc-1 erc-0.5") | seeds(3, "dense random")),
     "text": Suite(TEXT, at_timescale(PAPER, dict(DEMO, data="data/stdlib", steps=1200, lr=2e-3)),
-                  seeds({6: "plain erc-1 erc-0.5", 3: "dense random"})),
-    "n16-slow": Suite(N16, dict(DEMO, moe_weight_decay=0.1), seeds({5: "plain erc-1 erc-0.5"})),
-    **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds({3: "plain erc-0.5"}))
+                  seeds(6, "plain erc-1 erc-0.5") | seeds(3, "dense random")),
+    "n16-slow": Suite(N16, dict(DEMO, moe_weight_decay=0.1), seeds(5, "plain erc-1 erc-0.5")),
+    **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds(3, "plain erc-0.5"))
        for timescale in (0.9, 1.8, 9, 18)},
 }
 
@@ -182,7 +180,7 @@ def measure(model, alpha):
     neurons         mean squared cosine of two columns of W_g of the same expert, over that of two experts
     M               [n, n] of the clean R, to four digits
     """
-    found = []
+    found, mean_sd = [], lambda values: [values.mean().item(), values.std().item()]
     for moe in model.moe_layers():
         R, W_g, n = moe.R, moe.W_g, len(moe.R)
         M, off = activation_norms(R, W_g), ~torch.eye(n, dtype=torch.bool, device=R.device)    # (n, n), (n, n)
@@ -202,10 +200,6 @@ def measure(model, alpha):
             neurons=(within / (blocks[off].mean() / D**2)).item(),
             M=rounded(M.tolist(), 4)))
     return {name: [its[name] for its in found] for name in found[0]}
-
-
-def mean_sd(values):
-    return [values.mean().item(), values.std().item()]
 
 
 def rounded(value, digits=6):
@@ -319,18 +313,14 @@ def copies(model, states, targets):
 # ---- Running ----
 
 
-def has_router(variant):
-    """Whether there are a router and several experts, so that M and its constraints mean something."""
-    return variant not in ("aoe", "dense")
-
-
 def run(suite, variant, seed):
     """Trains one variant with one seed -> its result, a dict. UserError where it was interrupted."""
     config, _ = configs(suite, variant, seed)
     model, weights, start = initial_model(suite, variant, seed), [], time.perf_counter()
+    routed = variant not in ("aoe", "dense")  # there are a router and experts, so that M means something
 
     def watch(model, step):
-        if has_router(variant):
+        if routed:
             weights.append(dict(step=step, **measure(model, config.erc_alpha)))
 
     watch(model, 0)
@@ -354,7 +344,7 @@ def run(suite, variant, seed):
         log=rounded(log), weights=rounded(weights),
         premise=rounded(premise(model, xs[-1], states, targets)) if variant != "dense" else None,
         copies=rounded(copies(model, states, targets)) if config.data == "data/demo" else None,
-        centres=rounded(centres(model, xs)) if has_router(variant) else None,
+        centres=rounded(centres(model, xs)) if routed else None,
         machine=f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else
                 f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.get_num_threads()} threads",
         dtype=str(train.pick_dtype(config.dtype, device))[6:], date=str(date.today()),
@@ -447,8 +437,7 @@ def main(argv=None):
             again(suite, variant, options.again)
         return 0
     if options.jobs == 1:
-        for job in todo:
-            run_and_save(job)
+        list(map(run_and_save, todo))
         return 0
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     spawn = multiprocessing.get_context("spawn")

@@ -34,7 +34,7 @@ def result(suite, variant, seed, ce=None, cost=None, M=None):
 
 def results(*rows):
     """(suite, variant, cross-entropies of its seeds, cost), or a number of seeds in their place."""
-    return Results({(suite, variant, seed): result(suite, variant, seed, ce, *cost) for suite, variant, ces, *cost in rows
+    return Results({(suite, variant, seed): result(suite, variant, seed, ce, *m) for suite, variant, ces, *m in rows
                     for seed, ce in enumerate([None] * ces if isinstance(ces, int) else ces)})
 
 
@@ -54,7 +54,8 @@ def test_an_interval_is_students_and_deltas_are_paired():
         assert report.student_t(p, df) == pytest.approx(t, rel=1e-5), f"{p} {df}: {report.student_t(p, df)}, not {t}"
     assert report.delta([1.0, 2.0, 3.0], ".2f") == "+2.00 [-0.48, +4.48]"
     assert report.detectable([1.0, 2.0, 3.0], ".2f") == "3.10"
-    made = results(("n16", "plain", (1, 2, 4)), ("n16", "dense", (3, 7)), ("n16", "plain-z", [5]), ("n16", "erc-1-z", [9]))
+    made = results(("n16", "plain", (1, 2, 4)), ("n16", "dense", (3, 7)), ("n16", "plain-z", [5]),
+                   ("n16", "erc-1-z", [9]))
     for variant, deltas in (("dense", [2, 5]), ("erc-1-z", [4]), ("plain", [])):
         assert made.paired("n16", variant, report.last("val_ce")) == deltas, variant
 
@@ -97,8 +98,8 @@ def test_where_routing_has_nothing_to_gain_the_caption_says_so():
     """Leads over dense and a random router: both clear; one with a wide interval; a lag; a missing seed."""
     for dense, chance, clear in (((0.31, 0.311), (0.32, 0.321), True), ((0.31, 0.311), (0.31, 0.33), False),
                                  ((0.29, 0.291), (0.32, 0.321), False), ((0.31, 0.311), (0.32,), False)):
-        caption = report.basis(results(("n16", "plain", (0.3, 0.3)), ("n16", "dense", dense), ("n16", "random", chance)),
-                               "n16")
+        some = results(("n16", "plain", (0.3, 0.3)), ("n16", "dense", dense), ("n16", "random", chance))
+        caption = report.basis(some, "n16")
         assert ("No basis for a sentence about quality" in caption) != clear, f"{dense} {chance}: {caption}"
 
 
