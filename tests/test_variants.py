@@ -134,7 +134,7 @@ def test_a_loss_with_another_M_equals_loops_in_value_and_gradients(how):
         value.backward()
         wanted.backward()
         ours, theirs = ({name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (model, slow))
-        assert set(ours) == {f"blocks.{i}.moe.{part}" for i in (0, 1) for part in PARTS.get(how, ("R", "W_g"))}, set(ours)
+        assert {*ours} == {f"blocks.{i}.moe.{part}" for i in (0, 1) for part in PARTS.get(how, ("R", "W_g"))}, {*ours}
         for name in ours:
             off = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()
             assert off < 1e-4, f"call {call}: gradient of {name} is off by {off:.1e} of its largest entry"
