@@ -16,7 +16,7 @@ from prepare_data import UserError
 LINES = [("#000000", "-"), ("#0072B2", (0, (5, 1.5))), ("#E69F00", "-"), ("#CC79A7", (0, (1, 1))), ("#009E73", "-.")]
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.4,
-         "legend.frameon": False, "legend.handlelength": 2.4, "legend.fontsize": 8}
+         "lines.markersize": 3.5, "legend.frameon": False, "legend.fontsize": 8}
 
 
 def picture(path, fill, size=(8, 3)):
@@ -34,20 +34,17 @@ def picture(path, fill, size=(8, 3)):
 
 def side_by_side(fig, folders):
     """A line for each run and panel; what is measured in evaluations alone has a dot for each of them."""
-    panels = {"ce": "cross-entropy (dots: validation)", "violated": "constraints broken", "agreement": "agreement"}
     axes = fig.subplots(1, 3)
     for folder, (colour, dash) in zip(folders, LINES * len(folders)):
         with open(Path(folder, "log.csv"), encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         points = lambda name, rows=rows: zip(*[(int(row["step"]), float(row[name])) for row in rows if row.get(name)])
-        for ax, (name, title) in zip(axes, panels.items()):
-            marker = dict(marker="o", markersize=3) if name == "agreement" else {}
-            ax.plot(*points(name), color=colour, linestyle=dash, label=folder, **marker)
-            ax.set(title=title, xlabel="step")
-            ax.yaxis.set_major_formatter("{x:.0%}")
-        axes[0].plot(*points("val_ce"), "o", color=colour, markersize=4)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:g}")
+        for ax, name, title in zip(axes, ("ce", "violated", "agreement"), (
+                "cross-entropy (dots: validation)", "constraints broken", "agreement")):
+            ax.plot(*points(name), color=colour, linestyle=dash, label=folder, marker="o" * (name == "agreement"))
+            ax.set(title=title, xlabel="step", yscale="log" if name == "ce" else "linear")
+            ax.yaxis.set_major_formatter("{x:g}" if name == "ce" else "{x:.0%}")
+        axes[0].plot(*points("val_ce"), "o", color=colour)
     axes[0].yaxis.set_minor_formatter("{x:g}")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 

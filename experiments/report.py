@@ -4,11 +4,9 @@
     python experiments/report.py --write      # also puts them into README.md and results/README.md, and draws figures
 
 A table stands in a text below a line `<!-- table: NAME -->`. --write puts it there, or replaces it. The figures go to
-results/figures and need matplotlib.
-
-Differences are deltas to plain, paired by seed: the same seed has the same batches and initial weights. Behind ± stands
-the standard deviation over seeds, in square brackets the 95% confidence interval of the mean by Student's t. Detectable
-is the smallest delta that so many seeds, with this spread, would find in about 80 of 100 cases.
+results/figures and need matplotlib. Deltas to plain are paired by seed: the same seed has the same batches and initial
+weights. Behind ± stands the standard deviation over seeds, in square brackets the 95% confidence interval of the mean
+by Student's t. Detectable is the smallest delta that so many seeds, with this spread, find in about 80 of 100 cases.
 """
 
 import argparse
@@ -89,10 +87,6 @@ def weights(name):
     return lambda result: statistics.mean(result["weights"][-1][name]) if result["weights"] else None
 
 
-def centres(name):
-    return lambda result: result["centres"] and statistics.mean(result["centres"][name])
-
-
 def premise(name, less=None, which="all"):
     """A number of the premise, or the difference of two."""
     return lambda result: result["premise"] and (
@@ -119,7 +113,8 @@ QUANTITIES = {  # title -> a function of a result, and how it is written
     "response less random": (premise("response", "random"), ".3f"),
     **{title: (premise(name), form) for title, (name, form) in PREMISE.items()},
     **{f"{title}, hard": (premise(name, which="hard"), form) for title, (name, form) in PREMISE.items()},
-    "with its tokens": (centres("own"), ".2f"), "with a random sample": (centres("random"), ".2f")}
+    "R[i] and its tokens": (lambda result: result["centres"] and statistics.mean(result["centres"]["own"]), ".2f"),
+    "R[i] and a sample": (lambda result: result["centres"] and statistics.mean(result["centres"]["random"]), ".2f")}
 
 
 # ---- Numbers as text ----
@@ -144,8 +139,7 @@ def standard_errors(values, *quantiles):
 
 def bounds(values):
     """(lower, upper) end of the 95 % confidence interval of the mean."""
-    half = standard_errors(values, 0.975)
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    return [statistics.mean(values) + sign * standard_errors(values, 0.975) for sign in (-1, 1)]
 
 
 def mean(values, form=".4f"):
@@ -158,9 +152,9 @@ def mean_sd(values, form=".4f"):
 
 
 def delta(values, form=".4f"):
-    """"mean [95% CI]", from two values on."""
-    low, high = bounds(values) if values[1:] else (0, 0)
-    return f"{statistics.mean(values):+{form}} [{low:+{form}}, {high:+{form}}]" if values[1:] else ""
+    """"mean [95% CI]", or the mean alone of a single value."""
+    return mean(values, f"+{form}") + (" [{}, {}]".format(*(f"{end:+{form}}" for end in bounds(values)))
+                                       if values[1:] else "")
 
 
 def detectable(values, form=".4f"):
@@ -233,10 +227,10 @@ def scan_table(results):
 def basis(results, suite):
     """A line for the caption: is plain ahead of dense and of a random router, of each by more than its interval?"""
     leads = {name: results.paired(suite, name, judged) for name in ("dense", "random")}
-    words = " and ".join(f"{name} by {delta(pairs) or 'what is not known'}" for name, pairs in leads.items())
+    words = ", ".join(f"{name} less plain {delta(pairs) or '?'}" for name, pairs in leads.items())
     ahead = all(pairs[1:] and bounds(pairs)[0] > 0 for pairs in leads.values())
-    return f"(`{suite}`: plain is ahead of {words}" + (
-        ".)" if ahead else "; not of both by more than the interval. No basis for a sentence about quality.)")
+    return f"(`{suite}`: {words}: " + ("a basis for sentences about quality.)" if ahead else
+                                       "plain isn't known to be ahead of both. No basis for a sentence about quality.)")
 
 
 def quality_table(results):
@@ -249,16 +243,13 @@ def quality_table(results):
 
 
 def intervals_table(results):
-    """How many intervals the tables have, and how many exclude 0: each once, by table and column."""
+    """How many intervals the tables have, and how many exclude 0; each is counted once, in the first table it is in."""
     counts, seen = [("", "intervals", "exclude 0", "by chance, if all were 0")], set()
-    for name in ("premise", "scan", "constraints", "quality", "ablations"):
-        lines = [line[2:-2].split(" | ") for line in TABLES[name](results).splitlines() if line[:2] == "| "]
-        for heading, *cells in zip(*lines):
-            found = {one for one in cells if re.fullmatch(r"\S+ \[\S+, \S+\]", one)} - seen
-            seen |= found
-            outside = sum(one.split("[")[1][0] == one.split(", ")[1][0] for one in found)  # both ends of one sign
-            heading = f"{name}: {heading.replace(f' {CI}', '')}"
-            counts += [(heading, len(found), outside, f"{len(found) / 20:.1f}")] if found else []
+    for name in ("premise", "constraints", "scan", "quality", "ablations"):
+        found = set(re.findall(r"\| (\S+ \[\S+, \S+\]) (?=\|)", TABLES[name](results))) - seen
+        seen |= found
+        outside = sum(one.split("[")[1][0] == one.split(", ")[1][0] for one in found)  # both ends of one sign
+        counts.append((name, len(found), outside, f"{len(found) / 20:.1f}"))
     return table(*counts)
 
 
@@ -270,15 +261,15 @@ TABLES = {
         **{f"quality, {name} {CI}": across([variant], "judged", delta, True) for name, variant in HALVES.items()},
     }, SIZED),
     "premise": rows({
-        **{title: all_and_hard(title) for title in PREMISE},
+        **{title: all_and_hard(title) for title in PREMISE}, "agreement": cell("agreement"),
         **{f"{title} {CI}": cell(title, delta) for title in ("response less random", COST, f"{COST}, hard")},
         f"its delta to plain {CI}": cell(COST, delta, True), "detectable": cell(COST, detectable, True),
     }, named(SIZES, (*MAIN, "random", "aoe"))),
     "constraints": rows({
-        **{title: across(MAIN, title) for title in ("broken", "smallest alpha", "coupling", "epsilon", "agreement")},
+        **{title: across(MAIN, title) for title in ("broken", "smallest alpha", "coupling", "agreement")},
         **{f"{name}: delta {CI}": across([variant], "agreement", delta, True) for name, variant in HALVES.items()},
+        **{title: across(MAIN, title) for title in ("R[i] and its tokens", "R[i] and a sample")},
     }, SIZED | {"16 experts, timescale 0.18": ("n16-slow", "plain"), "16 experts, z-loss": ("n16", "plain-z")}),
-    "centres": rows({title: across(MAIN, title) for title in ("with its tokens", "with a random sample")}, SIZED),
     "scan": scan_table, "quality": quality_table,
     "decoupled": rows({
         **{f"alpha {a + 1}": by_layer("loss", pick=lambda loss, a=a: [loss[a]]) for a in range(5)},
@@ -330,10 +321,9 @@ def premise_figure(fig, results):
                 points = {SCAN[suite]: results.values(suite, variant, premise(name, "router", which)) for suite in SCAN
                           if results.seeds(suite, variant)}
                 band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
-        ax.set(title=f"16 experts, {title}", xscale="log", xlabel="sum of lr x decay (the paper's: 3.7)",
-               xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
+        ax.set(title=f"16 experts, {title}", xscale="log", xlabel="sum of lr x decay (the paper's: 3.7)", ylim=0,
+               ylabel="nats above the router's choice", xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
         ax.minorticks_off()
-    fig.axes[0].set_ylabel("nats above the router's choice")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return bool(results)
 
@@ -343,8 +333,8 @@ def violations(fig, results):
     for ax, suite in zip(fig.subplots(1, 3, sharey=True), SIZES):
         for variant, look in zip(MAIN, LINES):
             points = {}
-            for row in (row for log in results.values(suite, variant, lambda result: result["log"]) for row in log):
-                if row["step"] % 40 < 2:  # some logs are thinner
+            for row in sum(results.values(suite, variant, lambda result: result["log"]), []):
+                if row["step"] % 40 < 2:  # all logs have these
                     points.setdefault(row["step"], []).append(row["violated"])
             band(ax, points, look, label=NAMES[variant])
         ax.set(title=SIZES[suite], xlabel="step", xlim=0, ylim=(0, 0.6))
@@ -356,7 +346,6 @@ def violations(fig, results):
 def coupling(fig, results):
     """M of the last layer, without the loss and with it; marked is each entry that breaks a constraint, at alpha 1."""
     from matplotlib.colors import LogNorm
-
     variants = [variant for variant in ("plain", "erc-1") if ("n16", variant, 0) in results]
     for ax, variant in zip(fig.subplots(1, 2), variants):
         M = results["n16", variant, 0]["weights"][-1]["M"][-1]

@@ -5,9 +5,8 @@
     python experiments/reproduce.py n16/plain --again 0      # trains seed 0 again and compares; writes nothing
     python experiments/report.py                             # tables and figures, from the result files
 
-There is no training loop here: the runs are those of train.train. Each one writes results/SUITE/VARIANT-SEED.json, so
-that a comparison that was stopped goes on with the next run. Within a suite all runs of a seed share data, batches,
-evaluation, learning rate and, where shapes allow, the initial weights.
+Each run writes results/SUITE/VARIANT-SEED.json, so that a comparison that was stopped goes on with the next one. Within
+a suite all runs of a seed share data, batches, evaluation, learning rate and, where shapes allow, the initial weights.
 
   n16       16 experts, 2 per token, on the demo corpus
   n64       64 experts, 8 per token, on the demo corpus
@@ -403,12 +402,11 @@ def again(suite, variant, seed):
 def stage(job):
     """What is to be there first, as these runs take hours: a small whole, what routing is for, power, the rest."""
     _, variant, seed = job
-    main, beside = variant in MAIN, variant in ("dense", "random", "aoe")
-    if seed < 3 and (main or beside):
-        return 0 if main else 1
-    if main or beside:
-        return 2 if seed < 8 else 4
-    return 3
+    if variant not in (*MAIN, "dense", "random", "aoe"):
+        return 3
+    if seed < 3:
+        return 0 if variant in MAIN else 1
+    return 2 if seed < 8 else 4
 
 
 def jobs(names):
