@@ -20,6 +20,7 @@ Left out: shuffling (training draws random windows), cleaning, finding similar d
 import argparse
 import hashlib
 import json
+import lzma
 import math
 import mmap
 import os
@@ -58,8 +59,7 @@ def run_program(main):
     """Run main(argv) and return the exit code. Errors that the user can fix become one line on stderr."""
     # Python sets a closed stream to None, and tqdm cannot write to None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -178,9 +178,8 @@ def load_data(folder):
         tokens, n = shards.get(name, ()), listed.get(name, (0,))[0]
         if meta and len(tokens) != n:
             raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
-        if not meta and (largest := max(tokens[:1 << 20])) >= vocab_size:  # shows another tokenizer soon enough
-            raise UserError(f"{folder / name} holds token {largest}, and GPT-2 has {vocab_size}; without a meta.json"
-                            " of prepare_data.py only GPT-2 tokens can be read")
+        if not meta and (largest := max(tokens[:1 << 20])) >= vocab_size:  # a million show another tokenizer
+            raise UserError(f"{folder / name} holds token {largest}: no token of GPT-2, and there is no meta.json")
     train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
         raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
@@ -212,30 +211,30 @@ def read_text(path, errors="strict"):
     A byte order mark is dropped, CRLF becomes LF. Long documents are cut after a word and before whitespace, where no
     GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
     """
-    text, was_cut, line = "", False, "\n"  # was_cut: `text` continues a document
+    text, was_cut, begins_line = "", False, True  # was_cut: `text` continues a document
     with open(path, encoding="utf-8-sig", errors=errors) as file:
-        while line:
-            begins_line = line.endswith("\n")  # else `line` continues one that is longer than BLOCK
-            try:
-                line = file.readline(BLOCK)
-            except UnicodeDecodeError as error:
-                at = file.buffer.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at});"
-                                " convert it first") from error
-            if errors == "strict" and "\0" in line:
-                raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
-            is_separator = begins_line and line.removesuffix("\n") == SEPARATOR
-            if is_separator or not line:
-                if was_cut or text.strip():
-                    yield text.removesuffix("\n") if is_separator else text, True
-                text, was_cut = "", False
-                continue
-            text += line
-            if len(text) > BLOCK:
-                word = re.match(r"(?s).*\S(?=[ \n])", text)
-                cut = word.end() if word else len(text) - 1  # the last character may be the separator's newline
-                yield text[:cut], False
-                text, was_cut = text[cut:], True
+        try:
+            while line := file.readline(BLOCK):  # a longer line comes in parts
+                if errors == "strict" and "\0" in line:
+                    raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
+                if begins_line and line.removesuffix("\n") == SEPARATOR:
+                    if was_cut or text.strip():
+                        yield text.removesuffix("\n"), True
+                    text, was_cut = "", False
+                else:
+                    text += line
+                begins_line = line.endswith("\n")
+                if len(text) > BLOCK:
+                    word = re.match(r"(?s).*\S(?=[ \n])", text)
+                    cut = word.end() if word else len(text) - 1  # the last character may be the separator's newline
+                    yield text[:cut], False
+                    text, was_cut = text[cut:], True
+        except UnicodeDecodeError as error:
+            at = file.buffer.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at}); convert it"
+                            " first") from error
+    if was_cut or text.strip():
+        yield text, True
 
 
 def write_tokens(encoding, file, pieces, limit, paths):
@@ -272,7 +271,7 @@ TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc
                "TinyStoriesV2-GPT4-{}.txt")
 OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/"
                "subsets/urlsf_subset{:02d}.tar")
-GIGABYTES = {"tinystories": 4.5, "openwebtext": 50}  # downloads, and each GPT-2 token twice: in one file, in shards
+GIGABYTES = {"tinystories": 5, "openwebtext": 50}  # downloads, and GPT-2 tokens twice: in one file and in shards
 TIMEOUT = 10   # seconds without a byte
 TRIES = 5      # requests in a row that bring nothing new
 BACKOFF = 0.5  # seconds, doubling
@@ -301,7 +300,7 @@ def fetch(url, part, path):
         with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as response:
             linked = redirects.linked or response.headers
             size, sha256 = int(linked.get("X-Linked-Size", 0)), linked.get("X-Linked-ETag", "").strip('"')
-            have = have if response.status == 206 else 0
+            have = have if response.status == 206 else 0  # 200: no range, but the whole file again
             if have + int(response.headers.get("Content-Length", 0)) != size:
                 raise ConnectionError("the size is not the hub's, the answer may be a web page")
             file.truncate(have)
@@ -342,19 +341,9 @@ def download(name, folder):
     return path
 
 
-def look_for_space(gigabytes, folder):
-    """Print what a preparation takes, before its downloads begin. Raises UserError if the disk has less."""
-    downloaded = sum(path.stat().st_size for path in folder.glob("downloads/*"))
-    free = (downloaded + shutil.disk_usage(folder).free) / 1e9
-    line = f"{folder} will take about {gigabytes:.0f} GB, downloads included, and can have {free:.0f} GB"
-    if free < gigabytes:
-        raise UserError(f"{line}; make room, choose another --out, or take less with --max-tokens")
-    print(line)
-
-
 def tar_members(file, ending):
     """Yield the regular members of a tar stream whose names end with `ending`. They are never written to disk."""
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
+    with tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
             if member.isfile() and member.name.endswith(ending):
                 yield tar.extractfile(member)
@@ -366,11 +355,11 @@ def openwebtext(folder, subsets):
         try:
             with open(path, "rb") as file:
                 for archive in tar_members(file, ".xz"):
-                    for member in tar_members(archive, ".txt"):
+                    for member in tar_members(lzma.open(archive), ".txt"):
                         text = member.read().decode("utf-8", "replace")
                         if text := re.sub(r"\n{3,}", "\n\n", text).strip():
                             yield text, True
-        except tarfile.TarError as error:
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
@@ -402,7 +391,8 @@ def split_at(ends, fraction, own):
     """
     total, n = ends[-1], max(1, round(fraction * len(ends)))
     split = ends[-1 - n] if n < len(ends) else 0
-    if not split or own and not fraction / 2 <= (total - split) / total <= 2 * fraction:
+    fits = fraction / 2 <= (total - split) / total <= 2 * fraction
+    if split == 0 or own and not fits:
         split = min(total - 1, round((1 - fraction) * total))
     return split
 
@@ -462,7 +452,8 @@ def prepare(options):
     out = Path(options.out or Path("data", source or Path(options.source[0]).resolve().stem))
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        meta_path, old = out / "meta.json", [p for p in out.iterdir() if split_of(p.name.removesuffix(".tmp"))]
+        meta_path = out / "meta.json"
+        old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
         unfinished = meta_path.exists() and meta_path.read_bytes() == UNFINISHED
         if not (options.overwrite or unfinished) and (old or meta_path.exists()):
             if load_data(out).meta.get("options") != asked:
@@ -470,7 +461,11 @@ def prepare(options):
             print(f"{out} holds this already; --overwrite makes it again")
             return
         if source in GIGABYTES and not options.max_tokens:
-            look_for_space(GIGABYTES[source] * (options.subsets or 21) / 21, out)
+            need, free = GIGABYTES[source] * (options.subsets or 21) / 21, shutil.disk_usage(out).free / 1e9
+            line = f"{out} will take about {need:.0f} GB, downloads included, and {free:.0f} GB are free"
+            if free < need and not (out / "downloads").exists():
+                raise UserError(f"{line}; make room, choose another --out, or take less with --max-tokens")
+            print(line)
         with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
             ends, split, more = write_source(source, files.values(), options, out / "downloads", encoding, file)
             with replacing(meta_path) as meta_file:
@@ -505,8 +500,8 @@ def main(argv=None):
 
 
 # ---- The embedded corpus ---------------------------------------------------------------------------------------------
-# A grammar of tiny documents that knows the probability of what it says: the mean of -log_prob over the same documents is
-# a floor that no model beats on average. For that, every text must have exactly one derivation: no alternative of a
+# A grammar of tiny documents that knows the probability of what it says: the mean of -log_prob over the same documents
+# is a floor that no model beats on average. For that, every text must have exactly one derivation: no alternative of a
 # rule is a prefix of another, no slot is optional, and draws are ordered.
 
 KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the rule of its whole document
@@ -613,20 +608,15 @@ def _fill(template, uniform, memory, used):
             filled, inner = _fill(choice, uniform, memory, used)
             log_prob += inner - math.log(len(options))
         elif ".." in source:
-            low, high = (_sum(bound, memory) for bound in source.split(".."))
-            filled = str(low + int(uniform() * (high - low + 1)))
+            low, high = (eval(bound, {}, memory) for bound in source.split(".."))
+            filled = low + int(uniform() * (high - low + 1))
             log_prob -= math.log(high - low + 1)
         else:
-            filled = "{" + memory[source] + "}" if source in memory else str(_sum(source, memory))
+            filled = f"{{{memory[source]}}}" if source in memory else eval(source, {}, memory)
         memory[variable] = filled  # variable is None for unnamed slots
-        return filled
+        return str(filled)
 
     return re.sub(r"{(?:(\w)=)?(.+?)}", fill, template), log_prob
-
-
-def _sum(expression, memory):
-    """The value of an expression such as "M-N" or "M+1" over remembered numbers."""
-    return sum(int(sign + memory.get(term, term)) for sign, term in re.findall(r"([+-]?)(\w+)", expression))
 
 
 if __name__ == "__main__":
