@@ -197,7 +197,7 @@ def get_tokenizer(name):
     """
     if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
         return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
+                                 special_tokens={SEPARATOR: 256})
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # no network, or not the files that tiktoken knows
@@ -260,7 +260,6 @@ def write_tokens(encoding, file, pieces, limit, paths):
         file.seek(2 * limit - 2)
         file.write(array("H", [encoding.eot_token]))
     file.seek(2 * ends[-1])
-    file.truncate()
     return ends
 
 

@@ -54,6 +54,8 @@ class Hub(BaseHTTPRequestHandler):
             end = 1000
         if habit == "drip":  # four requests without a new byte, one with some
             end = begin + 300 * (n % 5 == 0)
+        if habit == "jumps":
+            begin, end, status = 0, 500 + 500 * (n % 2), 200 if n < 50 else 404
         server.sent += len(data[begin:end])
         self.answer(status, data[begin:end], length=None if habit == "no length" else len(data) - begin, **headers)
 
@@ -80,7 +82,7 @@ def hub(monkeypatch):
     server.stop = threading.Event()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/mirror/")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prepare_data, "BACKOFF", 0)
     monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e12))
@@ -102,13 +104,17 @@ TINY = ["tinystories", "--out", "o", "--tokenizer", "bytes"]
 
 
 def test_tinystories_comes_from_the_pinned_commit(hub, capsys):
-    """Both files come from the pinned commit, become the two splits, and are not asked for again."""
+    """Both files come from the pinned commit, become the two splits, and are not asked for again. Bytes that are no
+    UTF-8 become a replacement character.
+    """
     serve_stories(hub)
+    hub.files = {name: data + b" \xff\0" for name, data in hub.files.items()}
     assert main(TINY) == 0 and "o will take about 5 GB, downloads included, and 1000" in capsys.readouterr().out
-    assert tokens("o", "train") == as_ids(*stories(60, seed=60)) and tokens("o", "val") == as_ids(*stories(20, seed=20))
+    for split, n in (("train", 60), ("val", 20)):
+        assert tokens("o", split) == as_ids(*stories(n, seed=n))[:-1] + as_ids(" \ufffd\0"), split
     paths = [path for path, _ in hub.asked if "/cdn/" not in path]
-    commit = "/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-"
-    assert paths == [f"{commit}train.txt", f"{commit}valid.txt"], paths
+    pinned = "/mirror/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-"
+    assert paths == [f"{pinned}GPT4-train.txt", f"{pinned}GPT4-valid.txt"], paths
     asked = len(hub.asked)
     assert main([*TINY, "--max-tokens", "10000", "--overwrite"]) == 0 and len(hub.asked) == asked
     assert 0 < len(tokens("o", "train")) <= 9000 and 0 < len(tokens("o", "val")) <= 1000
@@ -134,6 +140,13 @@ def test_a_download_goes_on_as_long_as_bytes_come(hub):
     hub.habit = "drip"
     assert main(TINY) == 0 and tokens("o", "train") == as_ids(*stories(200, seed=200))
     assert len(hub.asked) > 100, f"only {len(hub.asked)} requests: this test shows nothing"
+
+
+def test_what_comes_again_is_no_progress(hub, capsys):
+    """A server that always begins at 0, and is cut sooner or later, brings nothing new."""
+    serve_stories(hub, train=200)
+    hub.habit = "jumps"
+    assert "cut after" in failure(capsys, *TINY) and len(hub.asked) == 2 * 6, len(hub.asked)
 
 
 @pytest.mark.parametrize("habit, words, requests", [
@@ -193,7 +206,7 @@ def test_a_killed_download_goes_on_where_it_stopped(hub):
         path.unlink(missing_ok=True), hub.asked.clear()
         write(f"{path}.part", (whole + b"x")[:have])
         assert main([*TINY, "--overwrite"]) == 0
-        ranges = [asked for asked_for, asked in hub.asked if asked_for == f"/cdn/datasets/{name}"]
+        ranges = [asked for asked_for, asked in hub.asked if asked_for == f"/cdn/mirror/datasets/{name}"]
         assert ranges == [f"bytes={have - 1}-"] + ["bytes=0-"] * (have > len(whole)), ranges
         assert path.read_bytes() == whole
 
@@ -219,17 +232,18 @@ def serve_subset(hub, archive, subset=0):
 
 def test_openwebtext_is_read_from_archives_in_archives(hub):
     """Documents come in order, names are not paths, links are passed over, and only needed subsets are fetched."""
-    for s in range(3):
-        inner = [tar(*((f"../../{j}{'x' * 150 * j}.txt", f"\n\n {s}{i}{j}\n\n\n\nzwei ü\n".encode()) for j in range(3)),
-                     ("link.txt", None), ("note.md", b"no text"), mode="w:xz") for i in range(2)]
+    for s in range(21):
+        inner = [tar(*((f"../../{j}{'x' * 150 * j}.txt", f"\n\n {s}{i}{j}\n\n\n\nzwei ".encode() + b"\xff\n")
+                       for j in range(2)), ("link.txt", None), ("note.md", b"no text"), mode="w:xz") for i in range(2)]
         serve_subset(hub, tar(("a.xz", inner[0]), ("link.xz", None), ("../b.xz", inner[1]), ("c.md", b"x")), s)
     before = sorted(Path().iterdir())
-    assert main([*OWT, "--subsets", "2"]) == 0
+    for n in (2, 21):
+        assert main([*OWT, "--overwrite", *["--subsets", "2"][:2 * (n == 2)]]) == 0
+        texts = [f"{s}{i}{j}\n\nzwei \ufffd" for s in range(n) for i in range(2) for j in range(2)]
+        assert tokens("o", "train") + tokens("o", "val") == as_ids(*texts)
+        assert sum("/cdn/" in path for path, _ in hub.asked) == n, hub.asked
     assert all("f3808c30e817981b845ec549c43e82bb467d8144/subsets/" in path for path, _ in hub.asked), hub.asked
-    texts = [f"{s}{i}{j}\n\nzwei ü" for s in range(2) for i in range(2) for j in range(3)]
-    assert tokens("o", "train") + tokens("o", "val") == as_ids(*texts)
     assert sorted(Path().iterdir()) == [*before, Path("o")]
-    assert sum("/cdn/" in path for path, _ in hub.asked) == 2, hub.asked
 
 
 @pytest.mark.parametrize("archive, words", [
