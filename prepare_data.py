@@ -162,7 +162,7 @@ def load_data(folder):
     hint = f"; run: python prepare_data.py {source} --out {shlex.quote(str(folder))}"
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}{hint}")
-    meta, tokenizer, vocab_size, eot, listed = {}, "gpt2", 50257, 50256, {}
+    meta, tokenizer, vocab_size, eot, sizes, sums = {}, "gpt2", 50257, 50256, {}, {}
     if meta_path.exists():
         hint += " --overwrite"  # only what prepare_data.py made may be replaced
         try:
@@ -170,12 +170,13 @@ def load_data(folder):
             if not meta:
                 raise UserError(f"{folder} is not finished, its preparation was interrupted{hint}")
             tokenizer, vocab_size, eot = meta["tokenizer"], meta["vocab_size"], meta["eot"]
-            listed = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in meta["shards"]}
+            sizes = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
+            sums = {shard["name"]: shard["sha256"] for shard in meta["shards"]}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta_path} is damaged ({type(error).__name__}){hint}") from error
     shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
-    for name in sorted({*shards, *listed}):
-        tokens, n = shards.get(name, ()), listed.get(name, (0,))[0]
+    for name in sorted({*shards, *sizes}):
+        tokens, n = shards.get(name, ()), sizes.get(name, 0)
         if meta and len(tokens) != n:
             raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
         if not meta and (largest := max(tokens[:1 << 20])) >= vocab_size:  # a million show another tokenizer
@@ -183,7 +184,7 @@ def load_data(folder):
     train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
         raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
-    contents = [(name, len(tokens), listed.get(name, (0, None))[1]) for name, tokens in shards.items()]
+    contents = [(name, len(tokens), sums.get(name)) for name, tokens in shards.items()]
     return TokenData(tokenizer, vocab_size, eot, train, val, meta, hashlib.sha256(repr(contents).encode()).hexdigest())
 
 
@@ -193,8 +194,7 @@ def load_data(folder):
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding "gpt2", or "bytes": byte values 0 to 255, and token 256 for end-of-text. Raises UserError.
-    """
+    """The tiktoken.Encoding "gpt2", or "bytes": byte values, and token 256 for end-of-text. Raises UserError."""
     if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
         return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={SEPARATOR: 256})
