@@ -401,7 +401,7 @@ def write_source(source, files, options, downloads, encoding, file):
     limit = options.max_tokens
     if source == "tinystories":
         train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
-        val_limit = limit and max(1, limit // 10)
+        val_limit = limit and max(1, limit // 10)  # None, too, where there is no limit
         ends = write_tokens(encoding, file, read_text(train, "replace"), limit and limit - val_limit, [train])
         split = ends[-1]
         ends += write_tokens(encoding, file, read_text(val, "replace"), limit and split + val_limit, [val])
@@ -415,7 +415,7 @@ def write_source(source, files, options, downloads, encoding, file):
         pieces = (piece for path in files for piece in read_text(path))
     ends = write_tokens(encoding, file, pieces, limit, files)
     split = split_at(ends, VAL_FRACTION.get(source, 0.1), own=source is None)
-    if not (documents and split in ends):
+    if not (documents and split in ends):  # the floor is one of whole documents
         return ends, split, {}
     held_out = documents[ends.index(split) + 1:len(ends)]
     floor = -sum(log_prob for _, _, log_prob, _ in held_out) / (ends[-1] - split)  # nats per token, eot counted
@@ -454,7 +454,7 @@ def prepare(options):
         meta_path = out / "meta.json"
         old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
         unfinished = meta_path.exists() and meta_path.read_bytes() == UNFINISHED
-        if not (options.overwrite or unfinished) and (old or meta_path.exists()):
+        if (old or meta_path.exists()) and not unfinished and not options.overwrite:
             if load_data(out).meta.get("options") != asked:
                 raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
             print(f"{out} holds this already; --overwrite makes it again")
@@ -611,7 +611,7 @@ def _fill(template, uniform, memory, used):
             filled = low + int(uniform() * (high - low + 1))
             log_prob -= math.log(high - low + 1)
         else:
-            filled = f"{{{memory[source]}}}" if source in memory else eval(source, {}, memory)
+            filled = "{" + str(memory[source]) + "}" if source in memory else eval(source, {}, memory)
         memory[variable] = filled  # variable is None for unnamed slots
         return str(filled)
 
