@@ -155,6 +155,12 @@ def split_of(name):
     return next((split for split in ("train", "val") if split in words and ending == "bin"), "")
 
 
+def is_finished(folder):
+    """Whether all that a preparation writes into this folder is there."""
+    meta_path = Path(folder, "meta.json")
+    return meta_path.exists() and meta_path.read_bytes() != UNFINISHED
+
+
 def load_data(folder):
     """The TokenData of a folder, after a look at the names, sizes and headers of its shards. Raises UserError."""
     folder, meta_path = Path(folder), Path(folder, "meta.json")
@@ -179,8 +185,6 @@ def load_data(folder):
         tokens, n = shards.get(name, ()), sizes.get(name, 0)
         if meta and len(tokens) != n:
             raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
-        if not meta and (largest := max(tokens[:1 << 20])) >= vocab_size:  # a million show another tokenizer
-            raise UserError(f"{folder / name} holds token {largest}: no token of GPT-2, and there is no meta.json")
     train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
         raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
@@ -453,7 +457,7 @@ def prepare(options):
     with alone_in(out):
         meta_path = out / "meta.json"
         old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
-        unfinished = meta_path.exists() and meta_path.read_bytes() == UNFINISHED
+        unfinished = meta_path.exists() and not is_finished(out)
         if (old or meta_path.exists()) and not unfinished and not options.overwrite:
             if load_data(out).meta.get("options") != asked:
                 raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
