@@ -4,17 +4,17 @@
     python prepare_data.py tinystories           # 2.2 GB from the Hugging Face hub
     python prepare_data.py openwebtext           # 21 files of about 630 MB; --subsets 1 takes only the first
     python prepare_data.py story.txt notes/      # your own UTF-8 text: files, or folders of .txt files
-    python prepare_data.py --check data/demo     # are all bytes still the ones that were written?
 
 The way of every source: documents -> tokens -> one temporary file -> shards in data/NAME or --out. The memory it takes
 hardly grows with the source. A preparation that was killed can be run again and gives the same shards. Of your own
 text, a file is one document, unless lines that are <|endoftext|> divide it.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens. This is the format of
-llm.c and modded-nanogpt, so their shards can be trained on too. Here end-of-text follows every document. meta.json says
-what was written. A folder of shards without meta.json is read as GPT-2 tokens.
+llm.c and modded-nanogpt, so their shards can be trained on too: without meta.json, a folder is read as GPT-2 tokens.
+Here end-of-text follows every document, and meta.json says what was written.
 
-Left out: shuffling (training draws random windows), cleaning, deduplication, training a tokenizer.
+UserError, run_program and replacing, which train.py uses too, stand first. The text of the demo stands last.
+Left out: shuffling (training draws random windows), cleaning, finding similar documents, training a tokenizer.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import mmap
 import os
 import random
 import re
+import shlex
+import shutil
 import struct
 import sys
 import tarfile
@@ -34,12 +36,11 @@ import time
 import urllib.request
 from array import array
 from bisect import bisect
-from functools import partial
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import tiktoken
 from tqdm import tqdm
@@ -47,6 +48,7 @@ from tqdm import tqdm
 SOURCES = ("demo", "tinystories", "openwebtext")
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two documents of a text file
 BLOCK = 1 << 14  # characters or bytes read at once; longer documents are cut into pieces
+SHARD_TOKENS = 10**8
 
 
 class UserError(Exception):
@@ -57,8 +59,7 @@ def run_program(main):
     """Run main(argv) and return the exit code. Errors that the user can fix become one line on stderr."""
     # Python sets a closed stream to None, and tqdm cannot write to None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -74,7 +75,6 @@ def run_program(main):
     return code
 
 
-from contextlib import contextmanager
 @contextmanager
 def replacing(path):
     """An open binary file that becomes `path` at the end of the with block: a kill at any moment leaves the old file or
@@ -93,12 +93,6 @@ def replacing(path):
         raise
 
 
-
-def is_finished(folder):
-    path = Path(folder, "meta.json")
-    return path.exists() and path.read_bytes() != UNFINISHED
-
-
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("<3i1012x")  # magic, version, tokens
@@ -114,7 +108,6 @@ class TokenData(NamedTuple):
     eot: int  # end-of-text
     train: list[memoryview]  # of uint16
     val: list[memoryview]
-    train_paths: list[Path]  # one for each element of train
     meta: dict  # meta.json; empty for foreign shards
     fingerprint: str  # of the names, lengths and, where meta.json has them, sha256 sums of the shards; not of the path
 
@@ -133,56 +126,18 @@ def read_shard(path):
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[HEADER.size:].cast("H")
 
 
-def split_of(name):
-    """Returns "train" or "val" for names like fineweb_train_000001.bin, "" for others. Raises UserError for both."""
-    *parts, ending = re.split("[_.-]", name)
-    splits = {"train", "val"}.intersection(parts) if ending == "bin" else ()
-    if len(splits) == 2:
-        raise UserError(f"{name}: the name says both train and val; rename the file")
-    return "".join(splits)
-
-
-def load_data(folder):
-    """The TokenData of a folder, after a look at the names, sizes and headers of its shards. Raises UserError."""
-    folder = Path(folder)
-    hint = f"; run: python prepare_data.py {folder.name if folder.name in SOURCES else 'PATH'} --out {folder}"
-    if (folder / "meta.json").exists():  # then the shards are our own, and may be replaced
-        hint += " --overwrite"
-    if not folder.is_dir():
-        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}{hint}")
-    meta, tokenizer, vocab_size, eot, listed = {}, "gpt2", 50257, 50256, {}
-    if (folder / "meta.json").exists():
-        try:
-            meta = json.loads((folder / "meta.json").read_bytes())
-            if not meta:
-                raise UserError(f"{folder} is not finished, its preparation was interrupted{hint}")
-            tokenizer, vocab_size, eot = meta["tokenizer"], meta["vocab_size"], meta["eot"]
-            listed = {shard["name"]: (shard["tokens"], shard["sha256"]) for shard in meta["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}){hint}") from error
-    shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
-    for name in sorted({*shards, *listed}):
-        found, expected = len(shards.get(name, ())), listed.get(name, (0,))[0]
-        if meta and found != expected:
-            raise UserError(f"{folder / name} has {found} tokens, but {expected} according to meta.json{hint}")
-    train, val = ([name for name in shards if split_of(name) == split] for split in ("train", "val"))
-    if not (train and val):
-        raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
-    facts = [(name, len(tokens), listed.get(name, (0, None))[1]) for name, tokens in shards.items()]
-    return TokenData(tokenizer, vocab_size, eot, [shards[name] for name in train], [shards[name] for name in val],
-                     [folder / name for name in train], meta, hashlib.sha256(repr(facts).encode()).hexdigest())
-
-
-def check(folder):
-    """Read every byte of a folder: are the sha256 sums those of meta.json, or, without one, all tokens GPT-2's?"""
-    data = load_data(folder)
-    sums = {shard["name"]: shard["sha256"] for shard in data.meta.get("shards", ())}
-    for path in tqdm(sorted(p for p in Path(folder).iterdir() if split_of(p.name)), desc="checking", disable=None):
-        if sums and sha256_of(path) != sums[path.name]:
-            raise UserError(f"{path} has changed since it was written (sha256); make it again with --overwrite")
-        if not sums and (largest := max(read_shard(path))) >= data.vocab_size:
-            raise UserError(f"{path} holds token {largest}, outside the vocabulary of {data.vocab_size}; replace it")
-    print(f"{folder}: OK, {sum(map(len, data.train + data.val)):,} tokens ({data.tokenizer})")
+def write_shards(file, split, total, folder):
+    """Tokens [0, split) of a file become training shards, [split, total) validation shards. Returns meta["shards"]."""
+    file.flush()
+    tokens, shards = memoryview(mmap.mmap(file.fileno(), 0)).cast("H"), []
+    for name, first, last in (("train", 0, split), ("val", split, total)):
+        for i, start in enumerate(range(first, last, SHARD_TOKENS)):
+            path, part = folder / f"{name}_{i:06d}.bin", tokens[start:min(start + SHARD_TOKENS, last)]
+            with replacing(path) as shard:
+                shard.write(HEADER.pack(MAGIC, 1, len(part)))
+                shard.write(part)
+            shards.append({"name": path.name, "tokens": len(part), "sha256": sha256_of(path)})
+    return shards
 
 
 def sha256_of(path):
@@ -194,14 +149,47 @@ def sha256_of(path):
     return sha256.hexdigest()
 
 
-def write_whole(path, blocks):
-    """Writes a file atomically: a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(blocks)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def split_of(name):
+    """Returns "train" or "val" for names like fineweb_train_000001.bin, "" for others."""
+    *words, ending = re.split("[_.-]", name)
+    return next((split for split in ("train", "val") if split in words and ending == "bin"), "")
+
+
+def is_finished(folder):
+    """Whether all that a preparation writes into this folder is there."""
+    meta_path = Path(folder, "meta.json")
+    return meta_path.exists() and meta_path.read_bytes() != UNFINISHED
+
+
+def load_data(folder):
+    """The TokenData of a folder, after a look at the names, sizes and headers of its shards. Raises UserError."""
+    folder, meta_path = Path(folder), Path(folder, "meta.json")
+    source = folder.name if folder.name in SOURCES else "PATH"
+    hint = f"; run: python prepare_data.py {source} --out {shlex.quote(str(folder))}"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}{hint}")
+    meta, tokenizer, vocab_size, eot, sizes, sums = {}, "gpt2", 50257, 50256, {}, {}
+    if meta_path.exists():
+        hint += " --overwrite"  # only what prepare_data.py made may be replaced
+        try:
+            meta = json.loads(meta_path.read_bytes())
+            if not meta:
+                raise UserError(f"{folder} is not finished, its preparation was interrupted{hint}")
+            tokenizer, vocab_size, eot = meta["tokenizer"], meta["vocab_size"], meta["eot"]
+            sizes = {shard["name"]: shard["tokens"] for shard in meta["shards"]}
+            sums = {shard["name"]: shard["sha256"] for shard in meta["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{meta_path} is damaged ({type(error).__name__}){hint}") from error
+    shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
+    for name in sorted({*shards, *sizes}):
+        tokens, n = shards.get(name, ()), sizes.get(name, 0)
+        if meta and len(tokens) != n:
+            raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
+    train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
+    if not (train and val):
+        raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
+    contents = [(name, len(tokens), sums.get(name)) for name, tokens in shards.items()]
+    return TokenData(tokenizer, vocab_size, eot, train, val, meta, hashlib.sha256(repr(contents).encode()).hexdigest())
 
 
 # ---- Documents to tokens ---------------------------------------------------------------------------------------------
@@ -210,11 +198,10 @@ def write_whole(path, blocks):
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding "gpt2", or "bytes": byte values 0 to 255, and token 256 for end-of-text. Raises UserError.
-    """
+    """The tiktoken.Encoding "gpt2", or "bytes": byte values, and token 256 for end-of-text. Raises UserError."""
     if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
         return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={SEPARATOR: 256}, explicit_n_vocab=257)
+                                 special_tokens={SEPARATOR: 256})
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # no network, or not the files that tiktoken knows
@@ -228,38 +215,40 @@ def read_text(path, errors="strict"):
     A byte order mark is dropped, CRLF becomes LF. Long documents are cut after a word and before whitespace, where no
     GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
     """
-    text, inside, block = "", False, "-"  # inside: `text` continues a document that was cut
+    text, was_cut, begins_line = "", False, True  # was_cut: `text` continues a document
     with open(path, encoding="utf-8-sig", errors=errors) as file:
-        while block:
-            try:
-                block = file.read(BLOCK)
-            except UnicodeDecodeError as error:
-                at = file.buffer.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at});"
-                                " convert it first") from error
-            if errors == "strict" and "\0" in block:
-                raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
-            text += block or "\n"  # at the end a newline, so that a last separator matches
-            *documents, text = re.split(rf"(?m)^{re.escape(SEPARATOR)}\n", text)
-            for document in documents if block else [*documents, text]:
-                if inside or document.strip():
-                    yield document.removesuffix("\n"), True
-                inside = False
-            if block and len(text) > BLOCK:
-                word = re.match(r"(?s).*\S(?=[ \n])", text)
-                cut = word.end() if word else len(text) - len(SEPARATOR) - 1  # the rest may be part of a separator
-                yield text[:cut], False
-                text, inside = text[cut:], True
+        try:
+            while line := file.readline(BLOCK):  # a longer line comes in parts
+                if errors == "strict" and "\0" in line:
+                    raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
+                if begins_line and line.removesuffix("\n") == SEPARATOR:
+                    if was_cut or text.strip():
+                        yield text.removesuffix("\n"), True
+                    text, was_cut = "", False
+                else:
+                    text += line
+                begins_line = line.endswith("\n")
+                if len(text) > BLOCK:
+                    word = re.match(r"(?s).*\S(?=[ \n])", text)
+                    cut = word.end() if word else len(text) - 1  # the last character may be the separator's newline
+                    yield text[:cut], False
+                    text, was_cut = text[cut:], True
+        except UnicodeDecodeError as error:
+            at = file.buffer.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at}); convert it"
+                            " first") from error
+    if was_cut or text.strip():
+        yield text, True
 
 
-def write_tokens(encoding, file, pieces, limit, total):
+def write_tokens(encoding, file, pieces, limit, paths):
     """Append the tokens of all documents to an open file; return where in the file, in tokens, each document ends.
 
     Whole documents are kept as long as they end within the limit, if there is one. If the first one exceeds it, it is
-    truncated. `total`: bytes of text, for the progress bar. Raises UserError where there is no document.
+    truncated. `paths`: of the texts, for the progress bar. Raises UserError where there is no document.
     """
     begin = written = file.tell() // 2
-    ends = array("Q")
+    ends, total = array("Q"), sum(path.stat().st_size for path in paths) or None
     with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None) as bar:
         while not (limit and written > limit) and (batch := list(islice(pieces, 64))):
             for (text, is_end), tokens in zip(batch, encoding.encode_ordinary_batch([text for text, _ in batch])):
@@ -275,7 +264,6 @@ def write_tokens(encoding, file, pieces, limit, total):
         file.seek(2 * limit - 2)
         file.write(array("H", [encoding.eot_token]))
     file.seek(2 * ends[-1])
-    file.truncate()
     return ends
 
 
@@ -284,48 +272,43 @@ def write_tokens(encoding, file, pieces, limit, total):
 # Pinned commits: next year's download is the same. Where the hub answers 404, look up the new path and edit it here.
 TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
                "TinyStoriesV2-GPT4-{}.txt")
-OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/8cfd553694d06979cfec29248b200468786f0294/"
+OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/"
                "subsets/urlsf_subset{:02d}.tar")
-TIMEOUT = 10    # seconds without a byte
-TRIES = 5       # requests per file
-BACKOFF = 0.25  # seconds, doubling
+GIGABYTES = {"tinystories": 5, "openwebtext": 50}  # downloads, and GPT-2 tokens twice: in one file and in shards
+TIMEOUT = 10   # seconds without a byte
+TRIES = 5      # requests in a row that bring nothing new
+BACKOFF = 0.5  # seconds, doubling
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, never away from https. `hub` keeps the first answer: only it has a file's size and sha256."""
+    """Keeps the headers of the hub's own answer in `linked`: only they tell the size and sha256 of the file."""
 
-    hub = None
+    linked = None
 
     def redirect_request(self, request, response, code, message, headers, url):
-        if urlsplit(url).scheme not in ("https", request.type):
-            raise UserError(f"{request.full_url} leads to {url}, not to https; check HF_ENDPOINT")
         if "X-Linked-ETag" in headers:
-            self.hub = headers
+            self.linked = headers
         return super().redirect_request(request, response, code, message, headers, url)
 
 
-def fetch(url, path):
-    """One request for what is missing of `path`.part, which becomes `path` when size and sha256 are the hub's.
+def fetch(url, part, path):
+    """One request for what is missing of `part`, which becomes `path` when size and sha256 are the hub's.
 
     Raises OSError, HTTPException or ValueError where asking again may help, and UserError where it will not.
     """
-    part, redirects = Path(f"{path}.part"), Redirects()
+    redirects = Redirects()
     with open(part, "ab") as file:
         have = max(0, file.tell() - 1)  # the last byte again: an empty range is HTTP 416
         request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py", "Range": f"bytes={have}-"})
         with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as response:
-            hub = redirects.hub or response.headers
-            size, sha256 = int(hub.get("X-Linked-Size", 0)), hub.get("X-Linked-ETag", "").strip('"')
-            if not (size and re.fullmatch("[0-9a-f]{64}", sha256)):
-                raise UserError(f"{url}: the answer has no size and sha256, so it is not the hub's; check HF_ENDPOINT")
-            have = have if response.status == 206 else 0
+            linked = redirects.linked or response.headers
+            size, sha256 = int(linked.get("X-Linked-Size", 0)), linked.get("X-Linked-ETag", "").strip('"')
+            have = have if response.status == 206 else 0  # 200: no range, but the whole file again
             if have + int(response.headers.get("Content-Length", 0)) != size:
-                raise ConnectionError("the answer has the wrong size, it may be a web page")
+                raise ConnectionError("the size is not the hub's, the answer may be a web page")
             file.truncate(have)
-            with tqdm(desc=path.name, initial=have, total=size, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read1(BLOCK):
-                    file.write(block)
-                    bar.update(len(block))
+            with tqdm.wrapattr(file, "write", desc=path.name, initial=have, total=size, disable=None) as counted:
+                shutil.copyfileobj(response, counted, BLOCK)
     if (have := part.stat().st_size) < size:
         raise ConnectionError(f"cut after {have:,} of {size:,} bytes")
     if sha256_of(part) != sha256:
@@ -338,18 +321,26 @@ def download(name, folder):
     """The path of a hub file in a folder, downloaded unless it is there. Raises UserError."""
     url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{name}"
     path = folder / f"{name.partition('/resolve/')[2][:8]}-{Path(name).name}"
+    part = Path(f"{path}.part")
     folder.mkdir(parents=True, exist_ok=True)
-    failures = 0
+    failures, most = 0, part.stat().st_size if part.exists() else 0  # most: bytes that were ever there
     while not path.exists():
         try:
-            fetch(url, path)
+            fetch(url, part, path)
         except (OSError, HTTPException, ValueError) as error:
-            failures += 1
-            if getattr(error, "code", 0) == 416:  # two processes wrote into it, and it is longer than the file
-                Path(f"{path}.part").unlink()
+            code, wait = getattr(error, "code", None), BACKOFF * 2 ** failures
+            if code in (401, 403, 404):
+                raise UserError(f"{url}: {error}; if it has moved, edit its commit in prepare_data.py, else check"
+                                f" HF_ENDPOINT, or get the file yourself, as {path}") from error
+            if code == 416:  # two processes wrote into it, and it is longer than the file
+                part.write_bytes(b"")
+            if code in (429, 503) and (after := error.headers.get("Retry-After")):
+                wait = min(60, int(after)) if after.isdecimal() else 60  # not a number: a date
+            size = part.stat().st_size
+            failures, most = (0, size) if size > most else (failures + 1, most)
             if failures == TRIES:
                 raise UserError(f"{url}: {error}; run the same command again to go on, or check HF_ENDPOINT") from error
-            time.sleep(BACKOFF * 2 ** failures)
+            time.sleep(wait)
     return path
 
 
@@ -366,8 +357,8 @@ def openwebtext(folder, subsets):
     for path in (download(OPENWEBTEXT.format(subset), folder) for subset in range(subsets)):
         try:
             with open(path, "rb") as file:
-                for packed in tar_members(file, ".xz"):
-                    for member in tar_members(lzma.open(packed), ".txt"):
+                for archive in tar_members(file, ".xz"):
+                    for member in tar_members(lzma.open(archive), ".txt"):
                         text = member.read().decode("utf-8", "replace")
                         if text := re.sub(r"\n{3,}", "\n\n", text).strip():
                             yield text, True
@@ -375,17 +366,146 @@ def openwebtext(folder, subsets):
             raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
+# ---- Preparing -------------------------------------------------------------------------------------------------------
+
+VAL_FRACTION = {"demo": 320 / 22_000, "openwebtext": 0.001}  # else 0.1; TinyStories brings its own validation file
+
+
+def own_files(paths):
+    """{sha256: path} of the files among paths and, sorted, the .txt files in the folders among them, hidden ones left
+    out. A file that is there twice, as itself, a link or a copy, counts once: else validation text would be trained on.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path} is not there; give files and folders, or one of {', '.join(SOURCES)}")
+        files += [path] if path.is_file() else sorted(
+            file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file()
+            and not re.search(r"(^|/)(\.|__MACOSX/)", file.relative_to(path).as_posix()))
+    if not files:
+        raise UserError(f"{', '.join(paths)}: there is no .txt file; name the files themselves")
+    return {sha256_of(path): path for path in files}
+
+
+def split_at(ends, fraction, own):
+    """How many tokens are for training: all but those of the last documents, about `fraction` of all documents.
+
+    A single document is cut between tokens, and so is own text whose last documents are far from `fraction` of it.
+    """
+    total, n = ends[-1], max(1, round(fraction * len(ends)))
+    split = ends[-1 - n] if n < len(ends) else 0
+    fits = fraction / 2 <= (total - split) / total <= 2 * fraction
+    if split == 0 or own and not fits:
+        split = min(total - 1, round((1 - fraction) * total))
+    return split
+
+
+def write_source(source, files, options, downloads, encoding, file):
+    """Write the tokens of a source. Returns the ends of its documents, how many tokens are for training, and meta."""
+    limit = options.max_tokens
+    if source == "tinystories":
+        train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
+        val_limit = limit and max(1, limit // 10)  # None, too, where there is no limit
+        ends = write_tokens(encoding, file, read_text(train, "replace"), limit and limit - val_limit, [train])
+        split = ends[-1]
+        ends += write_tokens(encoding, file, read_text(val, "replace"), limit and split + val_limit, [val])
+        return ends, split, {}
+    documents = list(demo_documents()) if source == "demo" else []
+    if source == "demo":
+        pieces = ((text, True) for _, text, _, _ in documents)
+    elif source == "openwebtext":
+        pieces = openwebtext(downloads, options.subsets or 21)
+    else:
+        pieces = (piece for path in files for piece in read_text(path))
+    ends = write_tokens(encoding, file, pieces, limit, files)
+    split = split_at(ends, VAL_FRACTION.get(source, 0.1), own=source is None)
+    if not (documents and split in ends):  # the floor is one of whole documents
+        return ends, split, {}
+    held_out = documents[ends.index(split) + 1:len(ends)]
+    floor = -sum(log_prob for _, _, log_prob, _ in held_out) / (ends[-1] - split)  # nats per token, eot counted
+    return ends, split, {"entropy_floor": floor}
+
+
+@contextmanager
+def alone_in(folder):
+    """Wait until no other process prepares this folder. Even a kill leaves nothing of the lock behind."""
+    handle = None
+    with suppress(ImportError, OSError):  # Windows and some network drives have no such lock
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def prepare(options):
+    """Make the shards and meta.json that the options ask for, and say what was made. Raises UserError.
+
+    What lies in the folder stays until the new tokens are ready. From then on until all is written meta.json is
+    UNFINISHED, so that nobody trains on a mixture of old and new.
+    """
+    source = options.source[0] if len(options.source) == 1 and options.source[0] in SOURCES else None
+    files = {} if source else own_files(options.source)
+    encoding = get_tokenizer(options.tokenizer or ("bytes" if source == "demo" else "gpt2"))
+    asked = {"tokenizer": encoding.name, "subsets": options.subsets, "max_tokens": options.max_tokens,
+             "source": source or [[path.name, sha256] for sha256, path in files.items()]}
+    out = Path(options.out or Path("data", source or Path(options.source[0]).resolve().stem))
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        meta_path = out / "meta.json"
+        old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
+        unfinished = meta_path.exists() and not is_finished(out)
+        if (old or meta_path.exists()) and not unfinished and not options.overwrite:
+            if load_data(out).meta.get("options") != asked:
+                raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
+            print(f"{out} holds this already; --overwrite makes it again")
+            return
+        if source in GIGABYTES and not options.max_tokens:
+            need, free = GIGABYTES[source] * (options.subsets or 21) / 21, shutil.disk_usage(out).free / 1e9
+            line = f"{out} will take about {need:.0f} GB, downloads included, and {free:.0f} GB are free"
+            if free < need and not (out / "downloads").exists():
+                raise UserError(f"{line}; make room, choose another --out, or take less with --max-tokens")
+            print(line)
+        with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
+            ends, split, more = write_source(source, files.values(), options, out / "downloads", encoding, file)
+            with replacing(meta_path) as meta_file:
+                meta_file.write(UNFINISHED)
+            for path in old:
+                path.unlink()
+            shards = write_shards(file, split, ends[-1], out)
+        longest = max(end - begin for begin, end in pairwise(array("Q", [0]) + ends))
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+                "documents": len(ends), "tokens": ends[-1], "longest_document": longest, "options": asked, **more,
+                "shards": shards}
+        with replacing(meta_path) as meta_file:
+            meta_file.write(json.dumps(meta, indent=1).encode())
+    floor = f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else ""
+    print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens, {ends[-1] - split:,} of them for validation{floor}")
+
+
+def main(argv=None):
+    """The command line. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("source", nargs="+", help=f"{', '.join(SOURCES)}, or UTF-8 files, or folders of .txt files")
+    parser.add_argument("--out", help="folder for the shards (default: data/<name>)")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: bytes for demo, else gpt2")
+    parser.add_argument("--subsets", type=int, choices=range(1, 22), metavar="N", help="of openwebtext (default: 21)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="take no more documents than fit")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new is ready")
+    options = parser.parse_args(argv)
+    if options.max_tokens is not None and options.max_tokens < 2:
+        parser.error("--max-tokens must be at least 2")
+    prepare(options)
+    return 0
+
+
 # ---- The embedded corpus ---------------------------------------------------------------------------------------------
-# Four kinds of tiny documents from a grammar that knows the probability of what it says.
-#
-#     story     a bedtime story: who found what, what was wrong with it, who helped
-#     recipe    an ingredient list and the steps that use it
-#     sums      small additions and subtractions with their right answers
-#     program   a Python session with its right output
-#
-# A language model trained on this text can be measured against the truth: the mean of -log_prob over the same
-# documents is a floor that no model beats on average. For that, every text must have exactly one derivation: no
-# alternative of a rule is a prefix of another, no slot is optional, and draws are ordered.
+# A grammar of tiny documents that knows the probability of what it says: the mean of -log_prob over the same documents
+# is a floor that no model beats on average. For that, every text must have exactly one derivation: no alternative of a
+# rule is a prefix of another, no slot is optional, and draws are ordered.
 
 KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the rule of its whole document
 
@@ -394,7 +514,7 @@ KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the
 #     {name}       an alternative of the rule `name`          {A=name}    the same, remembered as A
 #     {M=1..9}     a number, remembered; bounds may be sums   {A} {M+N}   what is remembered, or a sum of it
 # Few things have to be remembered, because small models learn to copy late; so a sum stands beside its answer. No
-# document of this grammar is longer than 243 bytes, whatever the seed.
+# document is longer than 243 bytes.
 GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
     "story":
         "One {weather} {hour} {A=name} the {mood} {animal} found a {look} {X=thing} {place}. The {X} {trouble}. "
@@ -462,7 +582,8 @@ GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
 
 
 def demo_documents(seed=0, n_documents=22_000):
-    """Yield (kind, text, log_prob): ASCII text below 250 bytes and its natural log probability, kind and end included.
+    """Yield (kind, text, log_prob, copies): ASCII text below 250 bytes; its natural log probability, kind and end
+    included; and spans [first, end) of characters that repeat what is remembered. The answer of a sum is no copy.
 
     The end costs nothing because no text is the beginning of another one. Only `Random.random` is used: Python promises
     the same numbers for the same seed in every version, which it does not for `choice` or `shuffle`.
@@ -470,12 +591,14 @@ def demo_documents(seed=0, n_documents=22_000):
     uniform = random.Random(seed).random
     for _ in range(n_documents):
         kind = KINDS[int(uniform() * len(KINDS))]
-        text, log_prob = _fill(GRAMMAR[kind][0], uniform, {}, set())
-        yield kind, text, log_prob - math.log(len(KINDS))
+        marked, log_prob = _fill(GRAMMAR[kind][0], uniform, {}, set())
+        parts = re.split("[{}]", marked)  # every second one is a copy
+        ends = [*accumulate(map(len, parts))]
+        yield kind, "".join(parts), log_prob - math.log(len(KINDS)), [*zip(ends[::2], ends[1::2])]
 
 
 def _fill(template, uniform, memory, used):
-    """Fill the slots of a template; return the text and the log probability (nats) of the draws it took."""
+    """Fill the slots of a template; return the text, with {} around copies, and the log probability of its draws."""
     log_prob = 0.0
 
     def fill(slot):
@@ -488,146 +611,15 @@ def _fill(template, uniform, memory, used):
             filled, inner = _fill(choice, uniform, memory, used)
             log_prob += inner - math.log(len(options))
         elif ".." in source:
-            low, high = (_sum(bound, memory) for bound in source.split(".."))
-            filled = str(low + int(uniform() * (high - low + 1)))
+            low, high = (eval(bound, {}, memory) for bound in source.split(".."))
+            filled = low + int(uniform() * (high - low + 1))
             log_prob -= math.log(high - low + 1)
         else:
-            filled = memory[source] if source in memory else str(_sum(source, memory))
+            filled = "{" + str(memory[source]) + "}" if source in memory else eval(source, {}, memory)
         memory[variable] = filled  # variable is None for unnamed slots
-        return filled
+        return str(filled)
 
     return re.sub(r"{(?:(\w)=)?(.+?)}", fill, template), log_prob
-
-
-def _sum(expression, memory):
-    """The value of an expression such as "M-N" or "M+1" over remembered numbers."""
-    return sum(int(sign + memory.get(term, term)) for sign, term in re.findall(r"([+-]?)(\w+)", expression))
-
-
-# ---- Preparing -------------------------------------------------------------------------------------------------------
-
-VAL_FRACTION = {"demo": 320 / 22_000, "openwebtext": 0.001}  # else 0.1; TinyStories brings its own validation file
-
-
-def own_files(paths):
-    """The files among paths and, sorted, the .txt files in the folders among them, hidden ones left out."""
-    files = []
-    for path in map(Path, paths):
-        if not (path.is_dir() or path.is_file()):
-            raise UserError(f"{path} is not there; give files and folders, or one of {', '.join(SOURCES)}")
-        files += [path] if path.is_file() else sorted(
-            file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file()
-            and not re.search(r"(^|/)(\.|__MACOSX/)", file.relative_to(path).as_posix()))
-    if not files:
-        raise UserError(f"{', '.join(paths)}: there is no .txt file; name the files themselves")
-    return files
-
-
-def tokenise(args, source, files, write):
-    """Write the tokens of a source. Returns the ends of its documents, how many tokens are for training, and meta."""
-    limit, downloads = args.max_tokens, args.out / "downloads"
-    if source == "tinystories":
-        train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
-        val_limit = limit and max(1, limit // 10)
-        ends = write(read_text(train, "replace"), limit and limit - val_limit, train.stat().st_size)
-        split = ends[-1]
-        return ends + write(read_text(val, "replace"), limit and split + val_limit, val.stat().st_size), split, {}
-    documents = list(demo_documents()) if source == "demo" else ()
-    if documents:
-        pieces = ((text, True) for _, text, _ in documents)
-    elif source == "openwebtext":
-        pieces = openwebtext(downloads, args.subsets or 21)
-    else:
-        pieces = (piece for path in files for piece in read_text(path))
-    ends = write(pieces, limit, sum(path.stat().st_size for path in files) or None)
-    n, total, fraction = len(ends), ends[-1], args.val_fraction or VAL_FRACTION.get(source, 0.1)
-    kept = max(1, n - max(1, round(fraction * n)))
-    split = ends[kept - 1]
-    whole = n > 1 and (source or fraction / 2 <= (total - split) / total <= 2 * fraction)
-    if not whole:  # a single document, or the user's few or very long ones: cut between tokens
-        split = max(1, round((1 - fraction) * total))
-    if not (documents and whole):
-        return ends, split, {}
-    floor = -sum(log_prob for _, _, log_prob in documents[kept:n]) / (total - split)  # nats per token, eot counted
-    spans = [[documents[i][0], ends[i - 1] - split, ends[i] - split] for i in range(kept, n)]
-    return ends, split, {"entropy_floor": floor, "val_documents": spans}
-
-
-def cut_shards(file, split, total, shard_tokens, folder):
-    """Tokens [0, split) of a file become training shards, [split, total) validation shards. Returns meta["shards"]."""
-    file.flush()
-    tokens, shards = memoryview(mmap.mmap(file.fileno(), 0)).cast("H"), []
-    for name, first, last in (("train", 0, split), ("val", split, total)):
-        for i, start in enumerate(range(first, last, shard_tokens)):
-            path, part = folder / f"{name}_{i:06d}.bin", tokens[start:min(start + shard_tokens, last)]
-            write_whole(path, [HEADER.pack(MAGIC, 1, len(part)), part])
-            shards.append({"name": path.name, "tokens": len(part), "sha256": sha256_of(path)})
-    return shards
-
-
-def prepare(args):
-    """Make the shards and meta.json that the options ask for, and say what was made. Raises UserError.
-
-    What lies in the folder stays until the new tokens are ready. From then on until all is written meta.json is
-    UNFINISHED, so that nobody trains on a mixture of old and new.
-    """
-    source = args.source[0] if len(args.source) == 1 and args.source[0] in SOURCES else None
-    files = [] if source else own_files(args.source)
-    args.tokenizer = args.tokenizer or ("bytes" if source == "demo" else "gpt2")
-    args.out = out = Path(args.out or Path("data", source or Path(args.source[0]).resolve().stem))
-    encoding, meta_path = get_tokenizer(args.tokenizer), out / "meta.json"
-    options = {name: getattr(args, name) for name in "tokenizer subsets max_tokens shard_tokens val_fraction".split()}
-    options["source"] = source or [[path.name, sha256_of(path)] for path in files]
-    out.mkdir(parents=True, exist_ok=True)
-    old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
-    unfinished = meta_path.exists() and meta_path.read_bytes() == UNFINISHED
-    if not (args.overwrite or unfinished) and (old or meta_path.exists()):
-        if load_data(out).meta.get("options") != options:
-            raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
-        print(f"{out} holds this already; --overwrite makes it again")
-        return
-    with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
-        ends, split, more = tokenise(args, source, files, partial(write_tokens, encoding, file))
-        file.seek(0)
-        sample = encoding.decode([*array("H", file.read(80))])
-        write_whole(meta_path, [UNFINISHED])
-        for path in old:
-            path.unlink()
-        shards = cut_shards(file, split, ends[-1], args.shard_tokens, out)
-    meta = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-            "documents": len(ends), "tokens": ends[-1],
-            "longest_document": max(b - a for a, b in zip([0, *ends], ends)),
-            "options": options, **more, "shards": shards}
-    write_whole(meta_path, [json.dumps(meta, indent=1).encode()])
-    floor = f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else ""
-    print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens ({ends[-1] - split:,} of them for validation),"
-          f" {len(shards)} shards, {2 * ends[-1] + HEADER.size * len(shards):,} bytes;"
-          f" {ends[-1] / len(ends):.1f} tokens per document{floor}; it begins {sample!r}")
-
-
-def main(argv=None):
-    """The command line. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("source", nargs="*", help=f"{', '.join(SOURCES)}, or UTF-8 files, or folders of .txt files")
-    parser.add_argument("--out", help="folder for the shards (default: data/<name>)")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: bytes for demo, else gpt2")
-    parser.add_argument("--subsets", type=int, choices=range(1, 22), metavar="N", help="of openwebtext (default: 21)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="take no more documents than fit")
-    parser.add_argument("--shard-tokens", type=int, metavar="N", default=10**8, help="default: 10^8")
-    parser.add_argument("--val-fraction", type=float, metavar="F",
-                        help="the end of the text, in whole documents unless they are few (default: 0.1; demo 0.0145,"
-                        " openwebtext 0.001)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds, once the new is ready")
-    parser.add_argument("--check", metavar="DIR", help="read all of a folder of shards, and stop")
-    args = parser.parse_args(argv)
-    if bool(args.source) == bool(args.check):
-        parser.error(f"give either a source ({', '.join(SOURCES)}, or your own files) or --check DIR")
-    if not 0 < args.shard_tokens < 2**31 or args.max_tokens is not None and args.max_tokens < 2:
-        parser.error("--shard-tokens must be from 1 to 2147483647, --max-tokens at least 2")
-    if args.val_fraction is not None and (not 0 < args.val_fraction < 1 or args.source == ["tinystories"]):
-        parser.error("--val-fraction must be between 0 and 1, and is not for tinystories, which has its own split")
-    check(args.check) if args.check else prepare(args)
-    return 0
 
 
 if __name__ == "__main__":

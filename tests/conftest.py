@@ -18,9 +18,9 @@ def data(tmp_path_factory):
     words = "the a fox owl bear sings runs sleeps and then under over moon tree river red blue".split()
     documents = [" ".join(draw.choices(words, k=draw.randint(2, 12))) + "." for _ in range(400)]
     Path(folder, "text.txt").write_text(f"\n{prepare_data.SEPARATOR}\n".join(documents), encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare_data.main([str(folder / "text.txt"), "--out", str(folder / "shards"), "--tokenizer", "bytes",
-                           "--shard-tokens", "6000"])
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "SHARD_TOKENS", 6000)
+        prepare_data.main([str(folder / "text.txt"), "--out", str(folder / "shards"), "--tokenizer", "bytes"])
     return str(folder / "shards")
 
 

@@ -25,23 +25,23 @@ def documents():
 
 def floor(documents):
     """Nats per byte token, the end of every text counted as one token."""
-    return -sum(log_prob for _, _, log_prob in documents) / sum(len(text) + 1 for _, text, _ in documents)
+    return -sum(log_prob for _, _, log_prob, _ in documents) / sum(len(text) + 1 for _, text, _, _ in documents)
 
 
 def derivations(template, text, start, memory, used):
-    """Yield (end, probability, memory, used) for every way in which the template can say text[start:end]."""
+    """Yield (end, probability, copies, memory, used) for every way in which the template can say text[start:end]."""
     literal, slot, rest = re.fullmatch(r"([^{]*)(?:{(.+?)}(.*))?", template, re.DOTALL).groups()
     if not text.startswith(literal, start):
         return
     start += len(literal)
     if slot is None:
-        yield start, Fraction(1), memory, used
+        yield start, Fraction(1), [], memory, used
         return
     variable, source = re.fullmatch(r"(?:(\w+)=)?(.+)", slot).groups()
-    for end, p, inner_memory, inner_used in fillings(source, text, start, memory, used):
+    for end, p, copies, inner_memory, inner_used in fillings(source, text, start, memory, used):
         inner_memory = {**inner_memory, variable: text[start:end]}
-        for final, q, final_memory, final_used in derivations(rest, text, end, inner_memory, inner_used):
-            yield final, p * q, final_memory, final_used
+        for final, q, more, final_memory, final_used in derivations(rest, text, end, inner_memory, inner_used):
+            yield final, p * q, copies + more, final_memory, final_used
 
 
 def fillings(source, text, start, memory, used):
@@ -50,54 +50,56 @@ def fillings(source, text, start, memory, used):
     if source in GRAMMAR:
         options = [option for option in GRAMMAR[source] if option not in used]
         for option in options:
-            for end, p, inner_memory, inner_used in derivations(option, text, start, memory, used | {option}):
-                yield end, p / len(options), inner_memory, inner_used
+            for end, p, *rest in derivations(option, text, start, memory, used | {option}):
+                yield end, p / len(options), *rest
     elif ".." in source:
         low, high = (eval(bound, {}, numbers) for bound in source.split(".."))
         for number in range(low, high + 1):
             if text.startswith(str(number), start):
-                yield start + len(str(number)), Fraction(1, high + 1 - low), memory, used
+                yield start + len(str(number)), Fraction(1, high + 1 - low), [], memory, used
     else:
         word = memory[source] if source in memory else str(eval(source, {}, numbers))
         if text.startswith(word, start):
-            yield start + len(word), Fraction(1), memory, used
+            end = start + len(word)
+            yield end, Fraction(1), [(start, end)] * (source in memory), memory, used
 
 
 def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tmp_path, monkeypatch):
-    """The shards are byte for byte the published ones; floor and val_documents describe what the val shard holds."""
+    """The shards are byte for byte the published ones; the floor is that of what the validation shard holds."""
     monkeypatch.setattr(prepare_data, "demo_documents", lambda: documents)  # drawn once is enough
     main(["demo", "--out", str(tmp_path)])
-    data = load_data(tmp_path)
+    data, held_out = load_data(tmp_path), documents[-HELD_OUT:]
     sums = [shard["sha256"][:16] for shard in data.meta["shards"]]
     assert sums == ["7b769ffcf2fece2e", "8338e20abc6dbe18"], f"every floor published with the corpus changes: {sums}"
-    held_out, ends = documents[-HELD_OUT:], [0]
-    assert bytes(i % 256 for i in data.val[0]) == "".join(text + "\0" for _, text, _ in held_out).encode()
-    for (kind, first, end), (true_kind, text, _) in zip(data.meta["val_documents"], held_out, strict=True):
-        assert (kind, first, end) == (true_kind, ends[-1], ends[-1] + len(text) + 1), (kind, first, end)
-        ends.append(end)
+    assert bytes(i % 256 for i in data.val[0]) == "".join(text + "\0" for _, text, _, _ in held_out).encode()
     assert abs(data.meta["entropy_floor"] - floor(held_out)) < 1e-9, data.meta["entropy_floor"]
+    longest = max(len(text) + 1 for _, text, _, _ in documents)
+    assert data.meta["longest_document"] == longest < 256, (data.meta["longest_document"], longest)
 
 
-def test_every_text_has_one_derivation_and_log_prob_is_its_probability(documents):
-    """Walking the grammar along a text finds one derivation, no earlier end, and the generator's log_prob."""
-    for kind, text, log_prob in documents[-HELD_OUT:]:
-        found = [(kind, end, p) for kind in KINDS for end, p, _, _ in derivations(GRAMMAR[kind][0], text, 0, {}, set())]
-        assert [(k, end) for k, end, _ in found] == [(kind, len(text))], f"{len(found)} derivations: {found}\n{text}"
+def test_every_text_has_one_derivation_with_its_probability_and_copies(documents):
+    """Walking the grammar along a text finds one derivation, no earlier end, and the generator's log_prob and copies:
+    the spans of slots that say what an earlier slot said.
+    """
+    for kind, text, log_prob, copies in documents[-HELD_OUT:]:
+        found = [(k, *way) for k in KINDS for way in derivations(GRAMMAR[k][0], text, 0, {}, set())]
+        assert [(k, end) for k, end, *_ in found] == [(kind, len(text))], f"{len(found)} derivations: {found}\n{text}"
         p = found[0][2] / len(KINDS)
         replayed = math.log(p.numerator) - math.log(p.denominator)
         assert math.isclose(log_prob, replayed, abs_tol=1e-9), f"{log_prob} drawn, {replayed} replayed:\n{text}"
+        assert copies == found[0][3], f"{[text[first:end] for first, end in copies]}, replayed {found[0][3]}:\n{text}"
 
 
 def test_no_document_is_the_beginning_of_another(documents):
     """No text is a prefix of another one, or the same: the end of a text costs nothing, and held-out ones are new."""
-    texts = sorted(text for _, text, _ in documents)
+    texts = sorted(text for _, text, _, _ in documents)
     alike = [(one, other) for one, other in pairwise(texts) if other.startswith(one)]
     assert not alike, f"{len(alike)} of {len(texts)} texts begin another one: {alike[:1]}"
 
 
 def test_documents_fit_the_context_and_held_out_ones_are_no_easier(documents):
     """End-of-text and a document fit 256 tokens, in printable ASCII; the floor is about 0.22 nats in both splits."""
-    strange = [text for _, text, _ in documents if len(text) >= 250 or not re.fullmatch(r"\S[ -~\n]+\S", text)]
+    strange = [text for _, text, _, _ in documents if len(text) >= 250 or not re.fullmatch(r"\S[ -~\n]+\S", text)]
     assert not strange, f"{len(strange)} documents, the first is {strange[0]!r}"
     train, held_out = floor(documents[:-HELD_OUT]), floor(documents[-HELD_OUT:])
     assert 0.20 < train < 0.25 and abs(held_out / train - 1) < 0.02, f"{train:.4f} in training, {held_out:.4f} held out"
@@ -105,7 +107,7 @@ def test_documents_fit_the_context_and_held_out_ones_are_no_easier(documents):
 
 def test_programs_print_what_they_say(documents):
     """Python itself, running a hundred of the sessions, answers as written."""
-    for text in [text for kind, text, _ in documents if kind == "program"][:100]:
+    for text in [text for kind, text, _, _ in documents if kind == "program"][:100]:
         report, session = [], doctest.DocTestParser().get_doctest(text + "\n", {}, "session", None, 0)
         result = doctest.DocTestRunner(verbose=False).run(session, out=report.append)
         assert result.attempted >= 5 and result.failed == 0, f"{result}\n{text}\n{''.join(report)}"

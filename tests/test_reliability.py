@@ -188,6 +188,13 @@ def test_kills_at_random_moments_lose_nothing(data, attempt):
     assert_same_end("straight", "20 kills")
 
 
+def in_small_shards(argv, tokens=6000):
+    """prepare_data.main, with shards as small as those of the fixture `data`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "SHARD_TOKENS", tokens)
+        return prepare_data.main(argv)
+
+
 @pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["fresh", "overwrite"])
 def test_a_killed_preparation_run_again_gives_the_same_shards(data, attempt, flag, every):
@@ -196,12 +203,12 @@ def test_a_killed_preparation_run_again_gives_the_same_shards(data, attempt, fla
         return {path.name: path.read_bytes() for path in Path(folder).glob("*")}
 
     def run(**harm):
-        return attempt([str(Path(data).with_name("text.txt")), *f"--out out {options} 6000".split(), *flag],
-                       main=prepare_data.main, **harm)
+        return attempt([str(Path(data).with_name("text.txt")), *"--out out --tokenizer bytes".split(), *flag],
+                       main=in_small_shards, **harm)
 
-    options, kills = "--tokenizer bytes --shard-tokens", 0
+    kills = 0
     Path("b.txt").write_text("what was there before")
-    prepare_data.main(f"b.txt --out before {options} 3".split())
+    in_small_shards("b.txt --out before --tokenizer bytes".split(), 3)
     for harm in (dict(limit=9000), *(dict(kill_at=event) for event in range(every, 99, every))):
         shutil.rmtree("out", ignore_errors=True)
         if flag:
@@ -452,7 +459,7 @@ def test_resume_refuses_other_data_and_another_number_of_processes(data, stopped
     """Another text, or a checkpoint of two processes: UserError, and the run is as it was."""
     before = Path(stopped, "ckpt.pt").read_bytes()
     Path("text.txt").write_text(Path(data).with_name("text.txt").read_text().replace("fox", "hen"))
-    prepare_data.main("text.txt --out data --tokenizer bytes --shard-tokens 6000".split())
+    prepare_data.main("text.txt --out data --tokenizer bytes".split())
     with pytest.raises(UserError, match="had other data"):
         train.main([f"--out={stopped}", "--resume", "--data=data"])
     with pytest.raises(UserError, match="had . processes, not"):

@@ -215,7 +215,7 @@ def test_every_window_is_drawn_and_begins_with_an_end_of_text_where_all_document
             ahead = (offset + i for i in range(T))
             start = next(p for p in ahead if shard[p % len(shard)] == EOT) if longest == 8 else offset
             expected.add(tuple(shard[(start + i) % len(shard)] for i in range(T + 1)))
-    data = TokenData("own", EOT + 1, EOT, [memoryview(array("H", shard)) for shard in shards], [], [],
+    data = TokenData("own", EOT + 1, EOT, [memoryview(array("H", shard)) for shard in shards], [],
                      {"longest_document": longest} if longest else {}, "")
     inputs, targets = train.train_batch(data, T, draws, torch.Generator().manual_seed(0))
     assert inputs.shape == targets.shape == (draws, T) and inputs.dtype == targets.dtype == torch.int64
