@@ -29,7 +29,6 @@ import math
 import multiprocessing
 import os
 import platform
-import random
 import statistics
 import sys
 import sysconfig
@@ -66,15 +65,9 @@ class Variant:
     extra_loss: Callable | None = None         # seed -> function of the model
 
 
-def erc(alpha, **settings):
-    return Variant(dict(erc_weight=1.0, erc_alpha=alpha, **settings))
-
-
-def other(extra_loss):
-    return Variant(PLAIN, extra_loss=extra_loss)
-
-
 PLAIN = dict(erc_weight=0.0)
+erc = lambda alpha, **settings: Variant(dict(erc_weight=1.0, erc_alpha=alpha, **settings))
+other = lambda extra_loss: Variant(PLAIN, extra_loss=extra_loss)
 VARIANTS = {
     "plain": Variant(PLAIN),
     **{f"erc-{alpha}": erc(float(alpha)) for alpha in ("0", "0.4", "0.5", "0.6", "0.8", "1", "2", "3")},
@@ -107,10 +100,6 @@ def at_timescale(timescale, settings):
     return dict(settings, moe_weight_decay=float(f"{timescale / total:.4g}"))  # rounded: the same on every machine
 
 
-def seeds(number, names):
-    return dict.fromkeys(names.split(), number)
-
-
 SMALL = dict(vocab_size=320, context_length=256, n_layers=3, n_heads=3, d_model=96)
 N16 = MoEConfig(**SMALL, d_expert=64, n_experts=16, top_k=2)
 N64 = MoEConfig(**SMALL, d_expert=32, n_experts=64, top_k=8)
@@ -118,6 +107,7 @@ TEXT = MoEConfig(320, 256, n_layers=4, n_heads=4, d_model=128, d_expert=64, n_ex
 DEMO = dict(data="data/demo", steps=800, batch_size=8, accumulate=1, lr=4e-3, warmup=50, eval_every=400)
 PAPER = 3.7  # 167,000 steps with a learning rate from 4e-4 to 4e-5 and a decay of 0.1
 MAIN = ("plain", "erc-1", "erc-0.5")
+seeds = lambda number, names: dict.fromkeys(names.split(), number)
 SUITES = {
     "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds(25, "plain erc-1 erc-0.5") | seeds(8, "dense random")
                  | seeds(5, "aoe erc-0.4 erc-0.6 erc-0.8") | seeds(3, "erc-0 erc-2 erc-3 plain-z erc-1-z erc-0.5-z"
@@ -203,11 +193,7 @@ def measure(model, alpha):
 
 def rounded(value, digits=6):
     """Nested dicts and lists, with floats cut to so many digits."""
-    if isinstance(value, dict):
-        return {name: rounded(one, digits) for name, one in value.items()}
-    if isinstance(value, list):
-        return [rounded(one, digits) for one in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.{digits}g}"))
 
 
 # ---- What is measured on the validation tokens, at the end ----
@@ -272,35 +258,15 @@ def centres(model, xs):
     return found
 
 
-class Marking(dict):
-    """The memory of a document. What is read from it comes between two zero characters."""
-
-    def __getitem__(self, name):
-        return f"\0{super().__getitem__(name)}\0"
-
-
-def demo_copies(count):
-    """The last `count` documents of the demo -> [(tokens, copied)], of which copied says what repeats the document.
-
-    So is a name, a thing or a number where the grammar puts in what it remembers, but no sum. Whoever has learned to
-    copy can be certain of these tokens. End-of-text is the last token of each document.
-    """
-    uniform, documents = random.Random(0).random, []
-    for _ in range(22_000):  # as in prepare_data.demo_documents
-        kind = prepare_data.KINDS[int(uniform() * len(prepare_data.KINDS))]
-        documents.append(prepare_data._fill(prepare_data.GRAMMAR[kind][0], uniform, Marking(), set())[0])
-    found = []
-    for text in documents[-count:]:
-        parts = text.split("\0")  # every second one is a copy
-        copied = [k % 2 == 1 for k, part in enumerate(parts) for _ in part]
-        found.append(([*"".join(parts).encode(), 256], [*copied, False]))
-    return found
-
-
 @torch.no_grad()
 def copies(model, states, targets):
-    """Cross-entropy of the demo's validation tokens: of those that are copies, and of the others -> dict of numbers."""
-    documents = sorted(demo_copies(320), key=lambda document: len(document[0]))  # the order of validation_batches
+    """Cross-entropy of the demo's validation tokens: of those that are copies, and of the others -> dict of numbers.
+
+    Copies repeat what their document said before: whoever has learned to copy can be certain of them.
+    """
+    documents = [([*text.encode(), 256], [any(first <= k < end for first, end in spans) for k in range(len(text) + 1)])
+                 for _, text, _, spans in list(prepare_data.demo_documents())[-320:]]
+    documents.sort(key=lambda document: len(document[0]))                              # as in validation_batches
     tokens, copied = (torch.tensor(sum(parts, [])) for parts in zip(*documents))       # (N,), (N,)
     if not torch.equal(tokens, targets.cpu()):
         raise UserError("data/demo is not what the grammar makes today; prepare it again: python prepare_data.py demo")
@@ -318,10 +284,7 @@ def run(suite, variant, seed):
     model, weights, start = initial_model(suite, variant, seed), [], time.perf_counter()
     routed = variant not in ("aoe", "dense")  # there are a router and experts, so that M means something
 
-    def watch(model, step):
-        if routed:
-            weights.append(dict(step=step, **measure(model, config.erc_alpha)))
-
+    watch = lambda model, step: routed and weights.append(dict(step=step, **measure(model, config.erc_alpha)))
     watch(model, 0)
     extra_loss = VARIANTS[variant].extra_loss and VARIANTS[variant].extra_loss(seed)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -379,7 +342,8 @@ def run_and_save(job):
     if not path.exists():
         result = run(suite, variant, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        prepare_data.write_whole(path, [json.dumps(result).encode()])
+        with prepare_data.replacing(path) as file:
+            file.write(json.dumps(result).encode())
         print(f"{suite}/{path.name}: val_ce {result['log'][-1]['val_ce']:.4f}, {result['seconds']} s", flush=True)
 
 

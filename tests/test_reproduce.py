@@ -10,9 +10,10 @@ import reproduce
 import torch
 import torch.nn.functional as F
 
+import prepare_data
 import train
 from erc_moe import MoEConfig, MoETransformer
-from prepare_data import UserError, demo_documents
+from prepare_data import UserError
 
 
 def test_what_is_measured_in_the_weights_equals_loops():
@@ -24,33 +25,26 @@ def test_what_is_measured_in_the_weights_equals_loops():
     cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
     others = [(i, j) for i in range(n) for j in range(n) if i != j]
     M = [[(R[i] @ W_g[j]).norm().item() for j in range(n)] for i in range(n)]
-    pairs = {True: [], False: []}
-    for i, j, a, b in ((i, j, a, b) for i in range(n) for j in range(n) for a in range(8) for b in range(8)):
-        if (i, a) != (j, b):
-            pairs[i == j].append(cosine(W_g[i, :, a], W_g[j, :, b]) ** 2)
-    norms = torch.stack([row.norm() for row in R])
+    norms, columns = torch.stack([row.norm() for row in R]), [(i, W_g[i, :, a]) for i in range(n) for a in range(8)]
+    squares = [(i == j, cosine(a, b) ** 2) for i, a in columns for j, b in columns if a is not b]
+    within, between = ([square for same, square in squares if same == which] for which in (True, False))
     for name, value in dict(
             loss=[sum(max(M[i][j] - a * M[i][i], 0) + max(M[j][i] - a * M[i][i], 0) for i, j in others) / n**2
                   for a in (1, 2, 3, 4, 5)],
             smallest_alpha=max(max(M[i][j], M[j][i]) / M[i][i] for i, j in others),
             norm_R=[norms.mean().item(), norms.std().item()],
             cosine=sum(abs(cosine(R[i], R[j])) for i, j in others) / len(others),
-            neurons=(sum(pairs[True]) / len(pairs[True])) / (sum(pairs[False]) / len(pairs[False]))).items():
+            neurons=sum(within) / len(within) * len(between) / sum(between)).items():
         assert found[name][1] == pytest.approx(value, rel=1e-4, abs=1e-7), f"{name}: {found[name][1]}, loops {value}"
 
 
 def test_the_premise_equals_whole_models_with_another_route():
-    """Every expert put first by hand, in the last layer of a whole model, token by token: all numbers, hard tokens too.
-
-    Of 22 tokens, hard are the 5 with the highest cross-entropy. Of two experts that are equally good the first counts.
-    """
+    """Every expert put first, in the last layer of a whole model, token by token. Of 22 tokens 5 are hard."""
     torch.manual_seed(0)
     model = MoETransformer(MoEConfig(16, 8, 2, 2, 16, 8, n_experts=5, top_k=3, init_std=0.5))
     moe, route, seen = model.moe_layers()[-1], model.moe_layers()[-1].route, []
-    tokens = torch.randint(16, (3, 9))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    inputs, targets = torch.randint(16, (2, 3, 8))
     targets[0, 6:] = -100
-    counted = targets >= 0
 
     def token_ce(first=None):
         def forced(x):
@@ -58,11 +52,11 @@ def test_the_premise_equals_whole_models_with_another_route():
             rows = [[first, *[i for i in row.tolist() if i != first][:2]] for row in logits.argsort(descending=True)]
             return logits, probs, weights, experts if first is None else torch.tensor(rows)
         moe.route = lambda x: seen.append(x) or forced(x)
-        return F.cross_entropy(model(inputs).logits.transpose(1, 2), targets, reduction="none")[counted].tolist()
+        return F.cross_entropy(model(inputs).logits.transpose(1, 2), targets, reduction="none")[targets >= 0].tolist()
 
     router, trials, rows = token_ce(), [token_ce(j) for j in range(5)], []
     moe.route = route
-    for t, x in enumerate(seen[0][counted.flatten()]):
+    for t, x in enumerate(seen[0][targets.flatten() >= 0]):
         ce = [trial[t] for trial in trials]
         strongest = max(range(5), key=lambda j: (x @ moe.W_g[j]).norm().item())
         rows.append(dict(router=router[t], response=ce[strongest], random=sum(ce) / 5, best=min(ce),
@@ -72,9 +66,8 @@ def test_the_premise_equals_whole_models_with_another_route():
     found = reproduce.premise(model, xs[-1], states, wanted)
     assert len(rows) == 22 and len({row["response"] == row["router"] for row in rows}) == 2, "a poor example"
     for which, its in (("all", rows), ("hard", sorted(rows, key=lambda row: -row["router"])[:5])):
-        for name in its[0]:
-            expected = sum(row[name] for row in its) / len(its)
-            assert found[which][name] == pytest.approx(expected, abs=1e-5), f"{which} {name}: {found}, {expected}"
+        expected = {name: sum(row[name] for row in its) / len(its) for name in its[0]}
+        assert found[which] == pytest.approx(expected, abs=1e-5), f"{which}: {found}, {expected}"
 
 
 def test_rows_are_compared_with_the_mean_of_their_tokens():
@@ -86,56 +79,17 @@ def test_rows_are_compared_with_the_mean_of_their_tokens():
     assert found["random"] == pytest.approx([3**-0.5], abs=0.05), f"{found}; of a mean of all tokens 1 / sqrt(3)"
 
 
-BY_HAND = """One windy day June the grumpy otter found a shiny boat at the harbor. The |boat| felt all alone. A polite \
-goat tiptoed in with a hammer. They ate roasted figs and slept beside the fire. Sleep well, |June|!
-
-To make creamy pudding for 6:
-- 3 spoons of corn
-- 7 cups of milk
-- 9 bags of flour
-Heat the |flour| over a low fire. Add the rest and wait 9 minutes. Serve the |pudding| with a smile.
-
-How many beans?
-June saves 3 - 1 = 2 |beans| for a little bell.
-Nora keeps 8 - 4 = 4 |beans| under the bridge.
-Otto buys 8 + 5 = 13 |beans| for the hare.
-Kai has 8 - 5 = 3 |beans| after meeting the brave otter.
-
->>> print("Kai", 7 + 6)
-|Kai| 13
->>> b = 3 - 2
->>> b
-1
->>> "buzz" * 2
-'|buzzbuzz|'
->>> max(4, 5)
-|5|
->>> for n in 1, 2: print("Cheers", n)
-|Cheers| 1
-|Cheers| 2""".split("\n\n")
-
-
-def test_copies_are_what_the_grammar_remembers():
-    """A validation document of each kind, copies found by hand. A sum is none, whatever its digits."""
-    documents = {bytes(tokens[:-1]).decode(): copied for tokens, copied in reproduce.demo_copies(320)}
-    assert list(documents) == [text for _, text, _ in demo_documents()][-320:], "these are not the demo's documents"
-    for text in BY_HAND:
-        parts = text.split("|")
-        expected = [k % 2 == 1 for k, part in enumerate(parts) for _ in part] + [False]
-        found = documents["".join(parts)]
-        marked = "".join(c if copied else "." for c, copied in zip("".join(parts), found))
-        assert found == expected, f"copies of {text!r}, found {marked!r}"
-
-
 def test_copies_and_other_tokens_are_averaged_apart(monkeypatch):
     """Two documents, the shorter one first as in validation_batches; other text than the demo's is refused."""
-    monkeypatch.setattr(reproduce, "demo_copies", lambda n: [([1, 2, 0], [False, True, False]), ([3, 0], [False] * 2)])
+    monkeypatch.setattr(prepare_data, "demo_documents", lambda: iter(
+        [("count", "\4", 0.0, [])] * 5 + [("recipe", "\1\2", 0.0, [(1, 2)]), ("story", "\3", 0.0, [])] * 160))
     model = SimpleNamespace(norm=lambda x: x, head=lambda x: x)
-    targets = torch.tensor([3, 0, 1, 2, 0])
-    states = torch.randn(5, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    ce = [-states[t].softmax(dim=0)[targets[t]].log().item() for t in range(5)]
-    found = reproduce.copies(model, states, targets)
-    assert found == pytest.approx(dict(ce_copies=ce[3], ce_other=(sum(ce) - ce[3]) / 4, copies=1, others=4)), found
+    targets = torch.tensor([3, 256] * 160 + [1, 2, 256] * 160)
+    states = torch.randn(800, 257, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    ce = [-states[t].log_softmax(dim=0)[targets[t]].item() for t in range(800)]
+    copied = ce[321::3]
+    assert reproduce.copies(model, states, targets) == pytest.approx(dict(
+        ce_copies=sum(copied) / 160, ce_other=(sum(ce) - sum(copied)) / 640, copies=160, others=640))
     with pytest.raises(UserError, match="prepare it again"):
         reproduce.copies(model, states, targets.flip(0))
 
@@ -143,18 +97,17 @@ def test_copies_and_other_tokens_are_averaged_apart(monkeypatch):
 def test_the_decay_makes_the_timescale():
     """Sum over all steps of lr * decay, by a loop: 3.7 where the suite is named for its size, else as it is named."""
     for suite, expected in (("n16", 3.7), ("n64", 3.7), ("text", 3.7), ("n16-slow", 0.175), ("n16-18", 18)):
-        config, total = reproduce.configs(suite, "plain", 0)[0], 0.0
-        for step in range(1, config.steps + 1):
-            fall = 0.55 + 0.45 * math.cos(math.pi * (step - config.warmup) / (config.steps - config.warmup))
-            total += config.lr * (fall if step > config.warmup else step / config.warmup) * config.moe_weight_decay
+        config = reproduce.configs(suite, "plain", 0)[0]
+        rates = [step / config.warmup if step < config.warmup else 0.55 + 0.45 * math.cos(
+            math.pi * (step - config.warmup) / (config.steps - config.warmup)) for step in range(1, config.steps + 1)]
+        total = sum(rates) * config.lr * config.moe_weight_decay
         assert total == pytest.approx(expected, rel=2e-3), f"{suite}: {total}"
 
 
 @pytest.mark.parametrize("suite, variant", [(s, v) for s in reproduce.SUITES for v in reproduce.SUITES[s].variants])
 def test_every_variant_starts_from_the_weights_of_plain(suite, variant):
     """Same seed: a parameter whose name and shape the plain model has, too, starts with the plain model's values."""
-    plain = reproduce.initial_model(suite, "plain", 3).state_dict()
-    its = reproduce.initial_model(suite, variant, 3).state_dict()
+    plain, its = (reproduce.initial_model(suite, name, 3).state_dict() for name in ("plain", variant))
     shared = [name for name in its if name in plain and plain[name].shape == its[name].shape]
     different = [name for name in shared if not torch.equal(plain[name], its[name])]
     assert not different and len(shared) >= 20, f"{len(shared)} shared, of which differ: {different}"
@@ -172,10 +125,8 @@ def test_a_run_leaves_a_result_that_can_be_loaded(data, monkeypatch, tmp_path):
     end, premise = result["log"][-1], result["premise"]["all"]
     assert [one["step"] for one in result["weights"]] == [0, 2, 4] and "M" in result["weights"][-1]
     assert (premise["router"], premise["response"]) == pytest.approx((end["val_ce"], end["response_ce"]), abs=1e-4), end
-    with monkeypatch.context() as never:
-        never.setattr(reproduce, "run", lambda *job: pytest.fail(f"{job} has a result already"))
-        assert reproduce.main(["n16/erc-1"]) == 0
     monkeypatch.setattr(train, "train", lambda *args, **more: dict(signal=2))
+    assert reproduce.main(["n16/erc-1"]) == 0, "it has a result already"
     with pytest.raises(UserError, match="run the same command again"):
         reproduce.main(["n16/plain"])
     assert [path.name for path in (tmp_path / "n16").iterdir()] == ["erc-1-0.json"]
@@ -187,36 +138,29 @@ def write(tmp_path, monkeypatch):
     for module in (reproduce, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     (tmp_path / "n16").mkdir()
-
     def write(seed, val_ce, **changes):
-        path = tmp_path / "n16" / f"plain-{seed}.json"
-        path.write_text(json.dumps(dict(
-            suite="n16", variant="plain", seed=seed, log=[dict(step=800, val_ce=val_ce)], weights=[], dtype="float32",
-            torch="2", data="d", settings=reproduce.settings_of("n16", "plain", seed)) | changes), encoding="utf-8")
-        return path
+        its = dict(suite="n16", variant="plain", seed=seed, log=[dict(step=800, val_ce=val_ce)], weights=[], torch="2",
+                   settings=reproduce.settings_of("n16", "plain", seed), dtype="float32", data="d") | changes
+        (tmp_path / "n16" / f"plain-{seed}.json").write_text(json.dumps(its), encoding="utf-8")
     return write
 
 
-def test_results_that_do_not_belong_here_are_named_and_kept(write):
+def test_results_that_do_not_belong_here_are_named(write):
     """Other settings and foreign files: one line with the name. Two types do not stand in one table."""
     settings = reproduce.settings_of("n16", "plain", 1)
     write(0, 0.5)
     for changes, words in ((dict(settings=settings | dict(steps=7)), "another version: steps 7, now 800"),
                            (dict(settings=None), "no result of reproduce.py"),
                            (dict(dtype="bfloat16"), "results of n16 differ in dtype")):
-        path = write(1, 0.6, **changes)
+        write(1, 0.6, **changes)
         with pytest.raises(UserError, match=words):
             report.Results()
-        assert path.exists()
-    with pytest.raises(UserError, match="no variant 'n16/plane'; known are: n16/plain"):
-        reproduce.main(["n16/plane"])
 
 
-@pytest.mark.parametrize("ce, verdict", [(0.69, "within the spread"), (0.71, "OUTSIDE OF the spread")])
-def test_a_second_training_is_compared_with_the_spread_of_seeds(write, monkeypatch, capsys, ce, verdict):
+def test_a_second_training_is_compared_with_the_spread_of_seeds(write, monkeypatch, capsys):
     """0.5 and 0.6 over two seeds have sd 0.0707, and 2 sqrt(2) times that is 0.2."""
-    monkeypatch.setattr(reproduce, "run", lambda *job: dict(log=[dict(val_ce=ce)]))
     write(0, 0.5), write(1, 0.6)
-    reproduce.again("n16", "plain", 0)
-    printed = capsys.readouterr().out
-    assert verdict in printed and "0.0707" in printed, printed
+    for ce, verdict in ((0.69, "0.0707: within the spread"), (0.71, "0.0707: OUTSIDE OF the spread")):
+        monkeypatch.setattr(reproduce, "run", lambda *job, ce=ce: dict(log=[dict(val_ce=ce)]))
+        reproduce.again("n16", "plain", 0)
+        assert verdict in (printed := capsys.readouterr().out), printed
