@@ -42,10 +42,11 @@ def side_by_side(fig, folders):
         for ax, name, title in zip(axes, ("ce", "violated", "agreement"), (
                 "cross-entropy (dots: validation)", "constraints broken", "agreement")):
             ax.plot(*points(name), color=colour, linestyle=dash, label=folder, marker="o" * (name == "agreement"))
-            ax.set(title=title, xlabel="step", yscale="log" if name == "ce" else "linear")
-            ax.yaxis.set_major_formatter("{x:g}" if name == "ce" else "{x:.0%}")
+            ax.set(title=title, xlabel="step")
+            ax.yaxis.set_major_formatter("{x:.0%}")
         axes[0].plot(*points("val_ce"), "o", color=colour)
-    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter("{x:g}")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
