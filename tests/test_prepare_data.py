@@ -320,9 +320,9 @@ def test_run_is_where_errors_are_printed(capsys, monkeypatch, raised, code, word
 def test_closed_streams_and_ascii_terminals_are_no_errors(streams):
     """Where nobody listens, or cannot read the sample, the data is made all the same, without a traceback."""
     write("a.txt", "日本語 ü")
-    command = f"set -o pipefail; {sys.executable} {ROOT / 'prepare_data.py'} --tokenizer bytes --out o a.txt {streams}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={
-        **os.environ, "PYTHONIOENCODING": "ascii"})
+    command = f'set -o pipefail; "$0" "$1" --tokenizer bytes --out o a.txt {streams}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, ROOT / "prepare_data.py"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode == 0 or "true" in streams) and done.stderr == "", (done.returncode, done.stderr)
     assert all_tokens("o") == as_ids("日本語 ü") and ("it begins '???" in done.stdout) == (streams == "2>&-")
 
