@@ -39,7 +39,7 @@ all() {
     steps=(--steps 300 --warmup 50 --eval-every 100 --log-every 20 --save-every 0)
     if [ "${1:-}" = --rehearse ]; then
         export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-        tests=(-m slow -k "loop_over_experts or formula") rounds=(--quick --rounds 2) data=$work/data
+        tests=(-m slow -k "loop_over_experts or on_a_cpu") rounds=(--quick --rounds 2) data=$work/data
         python3 "$root/prepare_data.py" demo --out "$data" --max-tokens 20000
         steps=(--steps 4 --warmup 1 --eval-every 2 --log-every 1 --device cpu --context-length 32 --batch-size 2
                --accumulate 1 --n-layers 2 --n-heads 2 --d-model 32 --d-expert 16 --n-experts 4 --top-k 2)
