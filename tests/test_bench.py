@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import bench
@@ -84,8 +85,9 @@ def test_it_ends_in_time_and_holds_three_models_at_most(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path):
     """`bash experiments/gpu.sh --rehearse`: every part ends well, and leaves a log and one file of the benchmark."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its python3 is the one that runs this test
     done = subprocess.run(["bash", ROOT / "experiments" / "gpu.sh", "--rehearse"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300, env=dict(os.environ, OUT=str(tmp_path / "out")))
+                          text=True, timeout=300, env=dict(os.environ, PATH=path, OUT=str(tmp_path / "out")))
     parts = [line for line in done.stdout.splitlines() if line.startswith("====")]
     assert done.returncode == 0, "\n".join([*parts, done.stdout[-3000:], done.stderr[-1000:]])
     for part in ("tests", "step", "erc", "train"):
