@@ -318,6 +318,7 @@ def test_every_table_can_be_made_of_some_results():
 
 def test_all_figures_are_drawn_and_fit_a_readme(tmp_path, monkeypatch):
     """One PNG each, as wide as a README and below 200 kB; of nothing, only the worked example is drawn."""
+    pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     for seeds, names in ((dict.fromkeys(VARIANTS, 2), set(figures.FIGURES)), ({}, {"steps"})):
         figures.draw(Some(seeds))
