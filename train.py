@@ -148,7 +148,7 @@ def train_batch(data, T, batch_size, generator):
 
     A window begins anywhere, and behind the last token of a shard comes its first. So every token is a target equally
     often, whatever the length of its document. Where all documents fit into a window, it begins at the next end-of-text
-    instead: then a document is seen from its start, as in sampling.
+    instead: a document is seen from its start, as in sampling, and its end at least half as often as on average.
     """
     lengths = torch.tensor([len(shard) for shard in data.train])
     rows = []

@@ -1,45 +1,40 @@
 """How fast is it? One command, one process, on whatever machine it finds: a GPU if there is one, else the CPU.
 
-    python experiments/bench.py               # all sections of this machine, about 10 minutes on two quiet CPU cores
+    python experiments/bench.py               # both sections, about 10 minutes on two quiet CPU cores
     python experiments/bench.py --only erc    # measures one section again
 
 What is compared runs in interleaved rounds: each round runs each contender once. A ratio is the median of the ratios
 within rounds, with its quartiles in brackets. A machine that slows down for a while slows everyone down alike. All
 times, in order, are in results/bench-MACHINE.json, of a GPU in results/gpu/gpu-MACHINE.json.
 
-  step     a whole training step (forward, backward, clipping, fused AdamW): ours; the usual loop over experts; our
-           layer as it was in the first edition; Hugging Face's OlmoeForCausalLM of the same shape, where transformers
-           is installed; a dense model with as many active parameters; the machine's best matrix product
-  presets  a step of the trainer with the GPU presets, and its peak memory (on a GPU only)
-  erc      what the ERC loss adds to a step
-  scaling  the MoE layer alone, from few experts to many
+  step  a whole training step (forward, backward, clipping, fused AdamW): ours; the usual loop over experts; Hugging
+        Face's OlmoeForCausalLM of the same shape, where transformers is installed; a dense model with as many active
+        parameters; the machine's best matrix product
+  erc   what the ERC loss adds to a step
 """
 
 import argparse
-import copy
 import gc
 import json
+import math
 import os
 import platform
 import random
 import re
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as it stands, from any folder
 
+from erc_moe import MoE, MoEConfig, MoETransformer  # before torch: it filters the warning about numpy
+
 import torch
 import torch.nn.functional as F
-
-import prepare_data
-import train
-from erc_moe import MoE, MoEConfig, MoEStats, MoETransformer, balance_loss, z_loss
-from train import Run, TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 SEED, WARMUP = 0, 2  # rounds that do not count
@@ -48,57 +43,47 @@ SEED, WARMUP = 0, 2  # rounds that do not count
 class Setup:
     """What is measured on this machine, at which sizes. Those of --quick say nothing, but run in seconds on a CPU."""
 
-    def __init__(self, options, scratch):
+    def __init__(self, options):
         self.quick, self.rounds, self.seconds = options.quick, options.rounds, options.seconds
         self.gpu = torch.cuda.is_available() and not options.quick
-        self.device, self.data = torch.device("cuda" if self.gpu else "cpu"), "data/demo"
-        self.dtype = train.pick_dtype("auto", self.device)
+        self.device, self.dtype = torch.device("cuda" if self.gpu else "cpu"), torch.float32
         self.compile = options.compile and dict(dynamic=False, fullgraph=True,
-                                                backend="inductor" if self.gpu else "aot_eager")
-        self.experts, self.scaling_tokens = (8, 16, 32, 64, 128, 256), (8192, 32768)
-        if options.quick:
-            Path(scratch, "text.txt").write_text("the fox sings under the moon\n" * 300, encoding="utf-8")
-            self.data = str(Path(scratch, "shards"))
-            prepare_data.main([str(Path(scratch, "text.txt")), "--out", self.data, "--tokenizer", "bytes"])
+                                                backend="aot_eager" if self.quick else "inductor")
+        if self.quick:
             self.model = MoEConfig(320, 32, n_layers=2, n_heads=2, d_model=32, d_expert=16, n_experts=4, top_k=2)
             self.batch_size, self.squares, self.erc_steps = 2, (64,), ((4, 64), (8, 128))
-            self.experts, self.scaling_tokens = (4, 8), (32, 64)
+            self.dtype = torch.bfloat16  # as on a GPU
         elif self.gpu:
-            memory = torch.cuda.get_device_properties(0).total_memory  # all contenders lie in it, side by side
-            self.model = MoEConfig(50304, 1024, n_layers=8, n_heads=8, d_model=512, d_expert=384, n_experts=32, top_k=4)
-            self.batch_size = 32 if memory > 100e9 else 16 if memory > 70e9 else 4
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype, memory = torch.bfloat16 if native else torch.float16, torch.cuda.mem_get_info()[1]
+            self.model = MoEConfig(50304, 1024, n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8)
+            self.batch_size, self.squares = 16 if memory > 70e9 else 4, (2048, 4096, 8192)
             self.erc_steps = [(n, tokens) for n in (64, 256)[:1 + (memory > 40e9)] for tokens in (2048, 16384, 65536)]
-            self.squares = (2048, 4096, 8192)
         else:
             self.model = MoEConfig(512, 256, n_layers=6, n_heads=8, d_model=256, d_expert=256, n_experts=16, top_k=2)
             self.batch_size, self.squares = 8, (512, 1024, 2048)
             self.erc_steps = ((8, 2048), (16, 2048), (64, 2048), (16, 8192))
-        self.tokens = self.batch_size * self.model.context_length
-        if not Path(self.data, "meta.json").exists():
-            prepare_data.main(["demo"])
 
-    def time(self, function, *args):
-        """How long function(*args) takes, in seconds."""
-        wait = torch.cuda.synchronize if self.gpu else lambda: None
-        wait()
-        start = time.perf_counter()
-        function(*args)
-        wait()
-        return time.perf_counter() - start
-
-    def autocast(self, dtype):
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    def batches(self, count, batch_size):
+        """That many micro-batches of random tokens -> [count, 2, B, T], each with (inputs, targets)."""
+        shape = (count, 2, batch_size, self.model.context_length)
+        return torch.randint(self.model.vocab_size, shape).to(self.device)
 
     def interleave(self, functions):
-        """Runs each function(round) once per round, in another order each time -> {name: [seconds, ...]}."""
-        names, times = list(functions), {name: [] for name in functions}
+        """Runs each function once per round, in another order each time -> {name: [seconds, ...]}."""
+        names, times, begin = list(functions), {name: [] for name in functions}, math.inf
+        wait = torch.cuda.synchronize if self.gpu else lambda: None
         for r in range(WARMUP + self.rounds):
             if r == WARMUP:
-                start = time.perf_counter()
-            if r >= WARMUP + 2 and time.perf_counter() > start + self.seconds:
+                begin = time.perf_counter()
+            if r >= WARMUP + 2 and time.perf_counter() > begin + self.seconds:
                 break
             for name in random.Random(r).sample(names, len(names)):  # so that nobody always has the same predecessor
-                times[name].append(self.time(functions[name], r))
+                wait()
+                start = time.perf_counter()
+                functions[name]()
+                wait()
+                times[name].append(time.perf_counter() - start)
         return {name: values[WARMUP:] for name, values in times.items()}
 
 
@@ -108,105 +93,85 @@ class Setup:
 class LoopMoE(MoE):
     """The same function as MoE, the way it is usually written: for each expert, find its tokens; add up the outputs."""
 
-    def forward(self, x):
-        shape, x = x.shape, x.flatten(0, 1)                                            # (N, d)
-        logits, probs, weights, experts = self.route(x)
-        y = torch.zeros_like(x)
-        for j, (W_g, W_p, W_o) in enumerate(zip(self.W_g.unbind(), self.W_p.unbind(), self.W_o.unbind())):
+    def mix(self, x, weights, experts):
+        y = torch.zeros_like(x)                                                        # (N, d)
+        for j, (W_g, W_p, W_o) in enumerate(zip(self.W_g, self.W_p, self.W_o)):
             token, choice = (experts == j).nonzero(as_tuple=True)                      # (rows,), (rows,)
             rows = x[token]                                                            # (rows, d)
             h = F.silu(rows @ W_g) * (rows @ W_p)                                      # (rows, D)
             y.index_add_(0, token, ((h @ W_o) * weights[token, choice, None]).to(y.dtype))
-        load = torch.bincount(experts.flatten(), minlength=len(self.R))                # (n,)
-        return y.view(shape), MoEStats(balance_loss(probs, load), z_loss(logits), load)
+        return y, torch.bincount(experts.flatten(), minlength=len(self.R))             # (N, d), (n,)
 
 
-class TakeRows(torch.autograd.Function):
-    """x [rows, d], take [out, m] -> [out, d], the sum of m rows each. takers [rows, k] names who took a row, so that
-    the backward pass is a gather, too, without atomic additions.
+class Ours:
+    """Our model with its optimizer. The learning rate is so small that weights, and so the routing, stay as they are.
+    `way`, the class of the MoE layers or "compiled", may change from step to step.
     """
 
-    @staticmethod
-    def forward(ctx, x, take, takers):
-        ctx.save_for_backward(take, takers)
-        return x.index_select(0, take.flatten()).view(*take.shape, -1).sum(dim=1)
+    def __init__(self, setup, model=None):
+        self.setup, self.model = setup, (model or MoETransformer(setup.model)).to(setup.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-12, (0.9, 0.95), weight_decay=0.1, fused=True)
+        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
 
-    @staticmethod
-    def backward(ctx, grad):
-        take, takers = ctx.saved_tensors
-        return TakeRows.apply(grad, takers, take), None, None
+    def losses(self, inputs, targets, way):
+        """(what is trained on, ce)."""
+        for moe in self.model.moe_layers():
+            moe.__class__ = MoE if way == "compiled" else way
+        if way == "compiled" and not hasattr(self, "compiled"):
+            self.compiled = torch.compile(self.model, **self.setup.compile)
+        forward, dtype = self.compiled if way == "compiled" else self.model, self.setup.dtype
+        with torch.autocast(self.setup.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out = forward(inputs, targets)
+        return out.ce + 0.01 * out.balance, out.ce
 
+    def add_erc_gradient(self, noise):
+        self.model.erc_loss(1.0, noise).backward()
 
-class GatherMoE(MoE):
-    """The same function as MoE, as in this project's first edition: rows are gathered, forward and backward."""
-
-    def forward(self, x):
-        shape, x = x.shape, x.flatten(0, 1)                                            # (N, d)
-        logits, probs, weights, experts = self.route(x)
-        expert, pair = experts.flatten().sort(stable=True)                             # (N*K,), (N*K,)
-        row = torch.empty_like(pair).scatter_(0, pair, torch.arange(len(pair), device=x.device))       # its inverse
-        ends = torch.searchsorted(expert, torch.arange(len(self.R), device=x.device), right=True, out_int32=True)
-        load = ends.diff(prepend=ends.new_zeros(1))                                    # (n,)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W_g, W_p, W_o = self.W_g.to(dtype), self.W_p.to(dtype), self.W_o.to(dtype)
-        token_of, rows_of = pair[:, None] // self.top_k, row.view(-1, self.top_k)      # (N*K, 1), (N, K)
-        rows = TakeRows.apply(x.to(dtype), token_of, rows_of)                          # (N*K, d)
-        scale = TakeRows.apply(weights.reshape(-1, 1), pair[:, None], row[:, None]).to(dtype)          # (N*K, 1)
-        h = F.silu(F.grouped_mm(rows, W_g, offs=ends)) * F.grouped_mm(rows, W_p, offs=ends)
-        y = TakeRows.apply(F.grouped_mm(h * scale, W_o, offs=ends), rows_of, token_of)                 # (N, d)
-        return y.view(shape), MoEStats(balance_loss(probs, load), z_loss(logits), load)
-
-
-LAYERS = {"ours": MoE, "first edition": GatherMoE, "loop": LoopMoE}
-
-
-def olmoe_model(c, experts):
-    """OlmoeForCausalLM of the shape of our MoEConfig; `experts`: "eager" or "grouped_mm"."""
-    import transformers  # optional
-
-    theirs = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
-        vocab_size=c.vocab_size, max_position_embeddings=c.context_length, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, hidden_size=c.d_model, intermediate_size=c.d_expert, num_experts=c.n_experts,
-        num_experts_per_tok=c.top_k, rms_norm_eps=c.norm_eps, router_aux_loss_coef=0.01 / c.top_k,  # theirs sums to K
-        bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    theirs.set_experts_implementation(experts)
-    return theirs.train()
+    def step(self, batches, way=MoE, noise=None):
+        """A step as in train.py, without its log -> ce []. With a generator `noise`, the ERC loss is in it."""
+        for inputs, targets in batches:
+            loss, ce = self.losses(inputs, targets, way)
+            self.scaler.scale(loss / len(batches)).backward()
+        self.scaler.unscale_(self.optimizer)
+        if noise:
+            self.add_erc_gradient(noise)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return ce.detach()
 
 
-def contender(name, ours, setup):
-    """The model called "KIND, DTYPE[, compiled]" -> a function (inputs, targets) -> ce."""
-    kind, dtype, *compiled = name.split(", ")
-    dtype, config = getattr(torch, dtype), ours.config
-    if kind.startswith("OLMoE"):  # their grouped product takes the type of the weights, whatever autocast says
-        model = olmoe_model(config, kind.split()[1]).to(setup.device, dtype if "weights" in kind else torch.float32)
-    elif kind == "dense":
-        dense = replace(config, n_experts=1, top_k=1, d_expert=config.top_k * config.d_expert)
-        model = MoETransformer(dense).to(setup.device)
-    else:
-        model = copy.deepcopy(ours)
-        for moe in model.moe_layers():
-            moe.__class__ = LAYERS[kind]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype == torch.float16)
-    forward = torch.compile(model, **setup.compile) if compiled else model
+def dense(setup):
+    """The same without routing, and with as many active parameters."""
+    c = setup.model
+    return Ours(setup, MoETransformer(replace(c, n_experts=1, top_k=1, d_expert=c.top_k * c.d_expert)))
 
-    def step(inputs, targets):
-        with setup.autocast(torch.float32 if "weights" in kind else dtype):
-            if kind.startswith("OLMoE"):
-                out = forward(inputs, labels=targets, shift_labels=targets, use_cache=False, output_router_logits=True)
-                loss = ce = out.loss
-            else:
-                out = forward(inputs, targets)
-                loss, ce = out.ce + 0.01 * out.balance, out.ce
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return ce.detach().float()
 
-    return step
+class Olmoe(Ours):
+    """OlmoeForCausalLM of the shape of our model. `way` is its implementation of the experts: eager or grouped_mm. The
+    second takes the type of the weights, whatever autocast says, so the weights have the type of the products.
+    """
+
+    def __init__(self, setup):
+        import transformers  # optional
+
+        c = setup.model
+        super().__init__(setup, transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
+            vocab_size=c.vocab_size, max_position_embeddings=c.context_length, num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads, hidden_size=c.d_model, intermediate_size=c.d_expert,
+            num_experts=c.n_experts, num_experts_per_tok=c.top_k, rms_norm_eps=c.norm_eps,
+            router_aux_loss_coef=0.01 / c.top_k,  # theirs sums to K
+            bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(setup.dtype).train())
+
+    def losses(self, inputs, targets, way):
+        self.model.set_experts_implementation(way)
+        out = self.model(inputs, labels=targets, shift_labels=targets, use_cache=False, output_router_logits=True)
+        return out.loss, out.loss
+
+
+CONTENDERS = {"ours": (Ours, MoE), "loop": (Ours, LoopMoE), "OLMoE eager": (Olmoe, "eager"),
+              "OLMoE grouped_mm": (Olmoe, "grouped_mm"), "dense": (dense, MoE), "ours compiled": (Ours, "compiled")}
 
 
 def flops_per_token(config):
@@ -216,106 +181,24 @@ def flops_per_token(config):
     return 6 * active + 6 * config.n_layers * config.context_length * config.d_model
 
 
-def step_names(setup):
-    """Who competes on this device."""
-    names, dtype = [], "bfloat16" if setup.quick else str(setup.dtype)[6:]
-    if not setup.gpu:
-        names += [f"{kind}, float32" for kind in ("ours", "loop", "OLMoE eager", "OLMoE grouped_mm", "dense")]
-    if setup.gpu or setup.quick:
-        names += [f"{kind}, {dtype}" for kind in (*LAYERS, "dense")] + ["ours, float16"]  # the way of older GPUs
-        names += ["OLMoE grouped_mm with bfloat16 weights, bfloat16"] * (dtype == "bfloat16")
-        names += [f"{kind}, {dtype}, compiled" for kind in ("ours", "dense", "first edition") if setup.compile]
-    return list(dict.fromkeys(names))
-
-
 def measure_step(setup):
     torch.manual_seed(SEED)
-    ours, functions, ce, left_out = MoETransformer(setup.model).to(setup.device), {}, {}, {}
-    shape = (WARMUP + setup.rounds, 2, setup.batch_size, setup.model.context_length)
-    batches = torch.randint(setup.model.vocab_size, shape).to(setup.device)            # (rounds, 2, B, T)
-    for name in step_names(setup):
+    batches, dtype = setup.batches(1, setup.batch_size), str(setup.dtype)[6:]          # (1, 2, B, T)
+    trainees, functions, ce, left_out = {}, {}, {}, {}  # one model for all its ways, so at most three models are alive
+    for kind, (maker, way) in CONTENDERS.items():
+        if way == "compiled" and not setup.compile:
+            continue
+        name = f"{kind}, {dtype}"
         try:
-            step = contender(name, ours, setup)
-            step(*batches[0])
+            trainee = trainees.get(maker) or trainees.setdefault(maker, maker(setup))
+            ce[name] = trainee.step(batches, way).item()
+            functions[name] = partial(trainee.step, batches, way)
         except Exception as error:  # without transformers, memory or a compiler: the others are measured all the same
             left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            continue
-        ce[name] = []
-        functions[name] = lambda r, step=step, ce=ce[name]: ce.append(step(*batches[r]))
     for size in setup.squares:  # what the machine can do at best
-        a, b = torch.randn(2, size, size, device=setup.device).to(setup.dtype)
-        functions[f"matmul {size}, {str(setup.dtype)[6:]}"] = lambda r, a=a, b=b: a @ b
-    token = torch.randint(setup.tokens, (setup.tokens * setup.model.top_k,), device=setup.device)      # (N*K,)
-    for dtype in dict.fromkeys((torch.float32, setup.dtype)):  # rows are added up in float32, their gradients in dtype
-        rows = torch.randn(len(token), setup.model.d_model, device=setup.device).to(dtype)             # (N*K, d)
-        functions[f"index_add, {str(dtype)[6:]}"] = lambda _, rows=rows: rows.new_zeros(
-            setup.tokens, setup.model.d_model).index_add(0, token, rows)
-    times = setup.interleave(functions)
-    ce = {name: torch.stack(values).tolist() for name, values in ce.items()}           # of all rounds
-    return dict(tokens=setup.tokens, layers=setup.model.n_layers, flops_per_token=flops_per_token(setup.model), ce=ce,
-                left_out=left_out, seconds=times)
-
-
-# ---- The trainer's step with the GPU presets ----
-
-
-def take_step(run, step, erc):
-    """One step of the trainer, as in train.train, without its log -> ce []."""
-    means, _ = run.add_token_gradient(step)
-    run.scaler.unscale_(run.optimizer)
-    if erc:
-        run.add_erc_gradient(step)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
-    run.update(step, norm, means[0], look=False)
-    return means[0]
-
-
-def measure_presets(setup):
-    functions, peak, tokens = {}, {}, {}
-    for name in ("tinystories", "openwebtext"):
-        config, moe = train.configs({**train.PRESETS[name], "data": setup.data, "device": str(setup.device)})
-        moe = replace(moe, vocab_size=50304)  # GPT-2's, rounded up
-        if setup.quick:
-            config, moe = replace(config, batch_size=2, accumulate=2, dtype="bf16"), setup.model
-        for how in (name, f"{name}, compiled") if setup.compile else (name,):
-            before = torch.cuda.memory_allocated()
-            run = Run(config, None, MoETransformer(moe))
-            if how != name:
-                run.forward = torch.compile(run.model, **setup.compile)
-            functions[how] = lambda r, run=run: take_step(run, r + 1, erc=True)
-            functions[how](0)  # at the end of which the optimizer makes room for its moments
-            if setup.gpu:
-                torch.cuda.reset_peak_memory_stats()
-            functions[how](1)
-            peak[how], tokens[how] = torch.cuda.max_memory_allocated() - before, run.step_tokens
-    return dict(bytes=peak, tokens=tokens, seconds=setup.interleave(functions),
-                steps={name: train.PRESETS[name.split(",")[0]]["steps"] for name in functions})
-
-
-# ---- Many experts ----
-
-
-def layer_pass(moe, layer, tokens, setup):
-    """A function: the forward and backward pass of one MoE layer over that many tokens, in the way of class `layer`."""
-    x = torch.randn(1, tokens, setup.model.d_model, device=setup.device, requires_grad=True)
-    gradient = torch.randn_like(x)
-
-    def run(_):
-        moe.zero_grad()
-        x.grad = None
-        with setup.autocast(setup.dtype):
-            y, stats = layer.forward(moe, x)
-        torch.autograd.backward((y, 0.01 * stats.balance), (gradient.to(y.dtype), None))
-
-    return run
-
-
-def measure_scaling(setup):
-    torch.manual_seed(SEED)
-    moes = {n: MoE(replace(setup.model, n_experts=n)).to(setup.device) for n in setup.experts}
-    functions = {f"{kind}, {n} experts, {tokens} tokens": layer_pass(moe, layer, tokens, setup)
-                 for tokens in setup.scaling_tokens for n, moe in moes.items() for kind, layer in LAYERS.items()}
-    return dict(tokens=setup.scaling_tokens, experts=setup.experts, top_k=setup.model.top_k,
+        functions[f"matmul {size}, {dtype}"] = partial(
+            torch.matmul, *torch.randn(2, size, size, device=setup.device).to(setup.dtype))
+    return dict(tokens=batches[0, 0].numel(), flops_per_token=flops_per_token(setup.model), ce=ce, left_out=left_out,
                 seconds=setup.interleave(functions))
 
 
@@ -326,25 +209,21 @@ def measure_erc(setup):
     """A step without the loss and with it. The difference of two long steps is noisy, so the loss is timed alone, too.
     On a GPU it then waits for each of its small calls to be launched, which within a step happens in advance.
     """
-    functions, share, model = {}, {}, setup.model
-    if setup.gpu:
-        model = replace(train.configs(train.PRESETS["openwebtext"])[1], vocab_size=50304)
+    torch.manual_seed(SEED)
+    times, share, noise = {}, {}, torch.Generator(setup.device).manual_seed(SEED)
     for n in dict.fromkeys(n for n, _ in setup.erc_steps):
-        config = TrainConfig(data=setup.data, device=str(setup.device), lr=1e-12, seed=SEED)  # weights stay as they are
-        run = Run(config, None, MoETransformer(replace(model, n_experts=n)))
-        functions[f"n={n}, the loss alone"] = lambda r, run=run: run.add_erc_gradient(r + 1)
+        c = replace(setup.model, n_experts=n)
+        one = Ours(setup, MoETransformer(c))
+        functions = {f"n={n}, the loss alone": partial(one.add_erc_gradient, noise)}
         for tokens in [tokens for m, tokens in setup.erc_steps if m == n]:
-            rows, c, name = tokens // run.context, run.model.config, f"n={n}, {tokens} tokens"
-            size = replace(config, batch_size=min(rows, setup.batch_size), accumulate=max(1, rows // setup.batch_size))
-
-            def step(r, erc, run=run, size=size):
-                run.config = size
-                take_step(run, r + 1, erc)
-
-            functions |= {f"{name}, off": lambda r, step=step: step(r, False),
-                          f"{name}, on": lambda r, step=step: step(r, True)}
+            name, rows = f"n={n}, {tokens} tokens", tokens // c.context_length
+            micro = min(rows, setup.batch_size)
+            batches = setup.batches(rows // micro, micro)                              # (micro-batches, 2, B, T)
+            functions |= {f"{name}, off": partial(one.step, batches),
+                          f"{name}, on": partial(one.step, batches, noise=noise)}
             share[name] = 6 * c.n_layers * n**2 * c.d_model * c.d_expert / (tokens * flops_per_token(c))
-    return dict(steps=setup.erc_steps, predicted_share_of_step=share, seconds=setup.interleave(functions))
+        times |= setup.interleave(functions)
+    return dict(steps=setup.erc_steps, predicted_share_of_step=share, seconds=times)
 
 
 # ---- Tables ----
@@ -379,30 +258,15 @@ def show_step(result):
             peak[dtype] = max(peak.get(dtype, 0), 2 * int(size) ** 3 / min(times[name]))
     rows = [("", "ms per step", "tokens/s", "share of the matmul peak", "time / ours, same type")]
     for name in result["ce"]:
-        kind, dtype, *compiled = name.split(", ")
-        seconds, ours = statistics.median(times[name]), ", ".join(["ours", dtype, *compiled])
-        share = f"{tokens * flops / seconds / peak[dtype]:.0%}" if dtype in peak else ""
-        rows.append((name, ms(times[name]), f"{tokens / seconds:,.0f}", share,
-                     ratio(times, name, ours) if ours in times else ""))
-    adds = [name for name in times if name.startswith("index_add")]
-    step = times["ours, " + adds[-1].removeprefix("index_add, ")]
-    share = [result["layers"] * (f + b) / t for f, b, t in zip(times[adds[0]], times[adds[-1]], step)]
+        dtype, seconds = name.split(", ")[1], statistics.median(times[name])
+        rows.append((name, ms(times[name]), f"{tokens / seconds:,.0f}", f"{tokens * flops / seconds / peak[dtype]:.0%}",
+                     ratio(times, name, f"ours, {dtype}")))
     best = ", ".join(f"{dtype} {value / 1e9:,.0f} GFLOP/s" for dtype, value in peak.items())
     return "\n".join([
         table(*rows), "", *(f"Left out: {name} ({why})." for name, why in result["left_out"].items()),
         f"{tokens:,} tokens per step. In the last column, above 1 means that ours is faster. {flops / 1e6:.1f} MFLOP"
         " per token: 6 for each active parameter but the embedding's, and 6 T d per layer for causal attention. Peak,"
-        f" the best square product of any round: {best}. Our layers add up rows twice each, which takes"
-        f" {spread(share, '{:.1%}')} of a step."])
-
-
-def show_presets(result):
-    rows = [("preset", "ms per step", "tokens/s", "hours to its end", "peak GiB in a step")]
-    for name, times in result["seconds"].items():
-        seconds = statistics.median(times)
-        rows.append((name, ms(times), f"{result['tokens'][name] / seconds:,.0f}",
-                     f"{result['steps'][name] * seconds / 3600:.1f}", f"{result['bytes'][name] / 2**30:.1f}"))
-    return table(*rows)
+        f" the best square product of any round: {best}."])
 
 
 def show_erc(result):
@@ -418,22 +282,7 @@ def show_erc(result):
     return table(*rows)
 
 
-def show_scaling(result):
-    times, experts, tables = result["seconds"], result["experts"], []
-    for tokens in result["tokens"]:
-        rows = [("experts", "rows per expert", "us per token", f"time / time of {experts[0]} experts",
-                 *(f"{kind} / ours" for kind in LAYERS if kind != "ours"))]
-        for n in experts:
-            name, first = (f"ours, {m} experts, {tokens} tokens" for m in (n, experts[0]))
-            rows.append((n, tokens * result["top_k"] // n, spread([1e6 * t / tokens for t in times[name]], "{:.2f}"),
-                         ratio(times, name, first), *(ratio(times, name.replace("ours", kind), name)
-                                                      for kind in LAYERS if kind != "ours")))
-        tables.append(f"{tokens:,} tokens, K={result['top_k']}:\n\n{table(*rows)}")
-    return "\n\n".join(tables)
-
-
-SECTIONS = dict(step=(measure_step, show_step), presets=(measure_presets, show_presets), erc=(measure_erc, show_erc),
-                scaling=(measure_scaling, show_scaling))
+SECTIONS = dict(step=(measure_step, show_step), erc=(measure_erc, show_erc))
 
 
 def show(name, result):
@@ -462,29 +311,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny sizes on a CPU; writes to out/bench-quick")
     parser.add_argument("--rounds", type=int, default=15, help="most rounds that count (default: 15)")
-    parser.add_argument("--seconds", type=float, default=600, help="a section begins no round later (default: 600)")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: compiled contenders, too; takes minutes")
+    parser.add_argument("--seconds", type=float, default=600, help="no round begins later (default: 600)")
+    parser.add_argument("--compile", action="store_true", help="our model compiled, too; takes minutes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these; keep the others in the result file")
     parser.add_argument("--out", help="folder for the result file")
     options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
-    with tempfile.TemporaryDirectory() as scratch:
-        setup = Setup(options, scratch)
-        own = "out/bench-quick" if setup.quick else RESULTS / "gpu" if setup.gpu else RESULTS
-        path = Path(options.out or own, f"{'gpu' if setup.gpu else 'bench'}-{about(setup, argv)[0]}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = json.loads(path.read_text(encoding="utf-8")) if options.only and path.exists() else {}
-        for name in options.only or SECTIONS:
-            if name == "presets" and not setup.gpu and not setup.quick:
-                continue  # hours on a CPU
-            measured = SECTIONS[name][0](setup)
-            results[name] = json.loads(json.dumps(about(setup, argv)[1] | measured))  # as read from the file
-            prepare_data.write_whole(path, [json.dumps(results).encode()])
-            print(show(name, results[name]), flush=True)
-            gc.collect()  # models that refer to themselves, for one, would count as memory of the next section
+    setup = Setup(options)
+    own = "out/bench-quick" if setup.quick else RESULTS / "gpu" if setup.gpu else RESULTS
+    path = Path(options.out or own, f"{'gpu' if setup.gpu else 'bench'}-{about(setup, argv)[0]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text(encoding="utf-8")) if options.only and path.exists() else {}
+    for name in options.only or SECTIONS:
+        measured = SECTIONS[name][0](setup)
+        results[name] = about(setup, argv)[1] | measured
+        path.write_text(json.dumps(results), encoding="utf-8")
+        print(show(name, results[name]), flush=True)
+        gc.collect()  # what refers to itself, as a compiled model does, would take memory from the next section
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(prepare_data.run_program(main))
+    sys.exit(main())

@@ -4,17 +4,13 @@ References are loops over tokens, in float64, or arithmetic done by hand. Attent
 compared with Hugging Face's in test_olmoe.py, and compiled in test_gpu.py.
 """
 
-import ast
 import copy
-import inspect
 import re
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import erc_moe
 from erc_moe import MoE, MoEConfig, MoETransformer, balance_loss
 
 
@@ -93,24 +89,12 @@ def test_the_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(K, reno
         assert gap(ours, theirs) < 1e-5, f"{name} is off by {gap(ours, theirs):.1e} from the loop"
 
 
-def test_two_equal_runs_are_equal_to_the_bit():
-    """Nothing in forward or backward depends on the order in which threads finish."""
-    model, tokens = model_and_tokens(rows=8)
-    results = []
-    for _ in range(2):
-        model.zero_grad()
-        out = model(tokens, tokens)
-        (out.ce + out.balance + out.z).backward()
-        results.append([out.logits, *(p.grad.clone() for p in model.parameters())])
-    different = sum(not torch.equal(a, b) for a, b in zip(*results))
-    assert different == 0, f"{different} of {len(results[0])} tensors differ between two equal runs"
-
-
 def test_one_expert_is_a_dense_swiglu():
     """n = K = 1 is the dense model to the bit: its one routing weight is softmax of one number, exactly 1."""
     torch.manual_seed(0)
     moe, x = MoE(small(n_experts=1, top_k=1)), torch.randn(3, 11, 16)
-    dense = (F.silu(x @ moe.W_g[0]) * (x @ moe.W_p[0])) @ moe.W_o[0]
+    gate, up = (x @ torch.cat((moe.W_g, moe.W_p), dim=-1)[0]).chunk(2, dim=-1)         # in one product, as there
+    dense = (F.silu(gate) * up) @ moe.W_o[0]
     y, stats = moe(x)
     assert torch.equal(y, dense), f"differs from the dense layer by {gap(y, dense):.1e}"
     assert stats.balance == 1 and stats.load.tolist() == [33], f"balance {stats.balance}, load {stats.load.tolist()}"
@@ -139,20 +123,6 @@ def test_the_model_reports_the_mean_over_layers_and_every_row():
         assert abs(getattr(out, name).item() - mean) < 1e-6, f"{name} {getattr(out, name)}, mean over layers {mean}"
     assert out.load.tolist() == [stats.load.tolist() for stats in seen], "load is not what the layers counted"
     assert out.load.sum(dim=1).tolist() == [3 * tokens.numel()] * 3, f"rows per layer {out.load.sum(dim=1).tolist()}"
-
-
-def test_a_forward_pass_leaves_nothing_behind():
-    """Losses are returned, not stored: no module gains, loses or replaces an attribute, nor does the file."""
-    def everything(model):
-        held = {f"{name}.{key}": value for name, module in model.named_modules() for key, value in vars(module).items()
-                if key not in ("_parameters", "_buffers", "_modules")}
-        held |= dict(model.named_parameters()) | dict(model.named_buffers()) | vars(erc_moe)
-        return {name: (id(value), getattr(value, "_version", 0)) for name, value in held.items()}
-
-    model, tokens = model_and_tokens()
-    before, _ = everything(model), model(tokens, tokens)
-    changed = before.items() ^ everything(model).items()
-    assert not changed, f"changed by a forward pass: {changed}"
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -280,83 +250,17 @@ def test_sampling_stops_when_every_row_has_drawn_stop():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(d_model=124, n_heads=1), "d_model 124 and d_expert 24 must be multiples of 8"),
-    (dict(d_expert=3), "d_model 16 and d_expert 3 must be multiples of 8"),
+    (dict(d_expert=12), "d_model 16 and d_expert 12 must be multiples of 8"),
     (dict(d_model=24, n_heads=8), "d_model 24 does not split into 8 heads of even width"),
-    (dict(top_k=7), "top_k must be from 1 to n_experts 6, got 7"),
-    (dict(top_k=0), "top_k must be from 1 to n_experts 6, got 0"),
+    (dict(top_k=7), "top_k must be at most n_experts 6, got 7"),
     (dict(top_k=1, renormalize=True), "renormalize with top_k 1"),
-])
+    *((dict([change]), f"{change[0]} must be at least") for change in (
+        ("vocab_size", 0), ("context_length", 0), ("n_layers", 0), ("n_heads", 0), ("n_heads", -2), ("d_model", 0),
+        ("d_expert", 0), ("n_experts", 0), ("top_k", 0), ("rope_theta", 0.0), ("norm_eps", -1.0), ("init_std", -1.0),
+        ("init_std", float("nan")), ("rope_theta", float("inf")))),
+], ids=str)
 def test_shapes_that_cannot_work_are_refused_with_the_numbers(changes, message):
-    """At construction, not in the middle of a product."""
-    with pytest.raises(ValueError, match=re.escape(message)):
+    """At construction, not in the middle of a product: one line with the name and the value of what is wrong."""
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         small(**changes)
-
-
-def shape_comments():
-    """{line number: (assigned names or None for a return, claimed shapes)} for each statement of erc_moe.py that ends
-    in a comment like # (N, K), (N, K) or # (n, n, D) -> (n, n) or # (B, T, d) each."""
-    source = inspect.getsource(erc_moe)
-    claims = {}
-    for node in ast.walk(ast.parse(source)):
-        line = source.splitlines()[getattr(node, "end_lineno", 1) - 1]
-        comment = line[line.rindex("# ") + 2:] if "  # " in line else ""
-        if isinstance(node, (ast.Assign, ast.Return)) and comment.startswith("("):
-            comment = re.sub(r"\([^()]*\) (->|\+) ", "", comment)  # of (n, n, D) -> (n, n), the last one counts
-            shapes = re.findall(r"\([^()]*\)", comment)
-            target = node.targets[0] if isinstance(node, ast.Assign) else None
-            names = [name.id for name in getattr(target, "elts", [target])] if target else None
-            if re.search(r"\) each", comment):
-                shapes = shapes[:1] * (len(names) if names else 2)
-            claims[node.end_lineno] = names, shapes
-    return claims
-
-
-def test_every_shape_comment_is_true():
-    """Runs the file with a different size for every letter, and compares each commented line with what it assigned."""
-    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, d=48, D=24)  # d/H = 16, d/H/2 = 8: all different
-    config = MoEConfig(size["V"], size["T"], size["L"], size["H"], size["d"], size["D"], size["n"], size["K"])
-    claims, seen, wrong, previous = shape_comments(), set(), [], {}
-
-    def check(frame, event, result):
-        line = previous.pop(frame, None)  # a line is announced before it runs, so look at the one before
-        if line in claims and event in ("line", "return"):
-            names, shapes = claims[line]
-            values = [frame.f_locals[name] for name in names] if names else result
-            values = values if isinstance(values, (list, tuple)) else [values]
-            found = [tuple(value.shape) for value in values]
-            seen.add(line)
-            if found != [eval(shape, dict(size)) for shape in shapes]:
-                wrong.append(f"line {line} claims {shapes}, but has {found}")
-        previous[frame] = frame.f_lineno
-        return check
-
-    def trace(frame, event, result):
-        inside = frame.f_code.co_filename == erc_moe.__file__ and not frame.f_code.co_name.startswith("<")
-        return check(frame, event, result) if inside else None
-
-    torch.manual_seed(0)
-    tokens = torch.randint(size["V"], (size["B"], size["T"]))
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        model = MoETransformer(config)
-        output = model(tokens, tokens)
-        model.erc_loss()
-        M = erc_moe.activation_norms(model.moe_layers()[0].R, model.moe_layers()[0].W_g)
-        erc_moe.coupling_report(M)
-        erc_moe.heat_map(M)
-        for temperature in (0, 1.0):
-            model.generate(tokens, 1, temperature, stop=0)
-        x, stats = model.blocks[0](torch.randn(4, size["T"], 48), model.cos, model.sin)
-    finally:
-        sys.settrace(before)
-
-    for fields in (stats, output):  # the comments in the two named tuples: "scalar, ..." or a shape
-        for name, comment in re.findall(r"(\w+): torch.Tensor.*  # (.*)", inspect.getsource(type(fields))):
-            claim = () if comment.startswith("scalar") else eval(re.match(r"\(.*?\)", comment)[0], dict(size))
-            if getattr(fields, name).shape != claim:
-                wrong.append(f"{type(fields).__name__}.{name} claims {claim}, is {list(getattr(fields, name).shape)}")
-    assert not wrong, "; ".join(wrong)
-    assert x.shape == (4, size["T"], 48), f"a block should return [B, T, d], returned {list(x.shape)}"
-    never = set(claims) - seen
-    assert not never and len(seen) > 40, f"{len(seen)} checked; never ran: lines {sorted(never)}"
+    assert str(list(changes.values())[0]) in str(caught.value) and "\n" not in str(caught.value), caught.value

@@ -1,0 +1,107 @@
+"""The shapes in comments are true: each file runs with another size for every letter, and is watched line by line."""
+
+import ast
+import inspect
+import re
+import sys
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+import erc_moe
+import train
+
+
+def shape_comments(module):
+    """{line number: (assigned names, [] for a return; claimed shapes; whether each tensor has the first)} for each
+    statement that ends in a comment like # (N, K), -, (N, K) or # (n, n, D) -> (n, n) or # (B, T, d) each."""
+    source, claims = inspect.getsource(module), {}
+    for node in ast.walk(ast.parse(source)):
+        line = source.splitlines()[getattr(node, "end_lineno", 1) - 1]
+        comment = line[line.rindex("# ") + 2:] if "  # " in line else ""
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.Return)) and comment.startswith("("):
+            comment = re.sub(r"\([^()]*\) (->|\+) ", "", comment)  # of (n, n, D) -> (n, n), the last one counts
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [name.id for name in ast.walk(ast.Module(targets, [])) if isinstance(name, ast.Name)]
+            shapes = re.findall(r"\([^()]*\)|-(?=,)", comment)
+            claims[node.end_lineno] = names if targets[0] else [], shapes, ") each" in comment
+    return claims
+
+
+def false_comments(module, size, work):
+    """Runs work() and compares each commented line of the module with what it assigned or returned -> what is wrong."""
+    claims, wrong, previous = shape_comments(module), set(), {}
+    never = set(claims)
+
+    def check(frame, event, result):
+        line = previous.pop(frame, None)  # a line is announced before it runs, so look at the one before
+        if line in claims and event in ("line", "return"):
+            names, shapes, each = claims[line]
+            values = [frame.f_locals[name] for name in names] if names else tree_leaves(result)
+            values = tree_leaves(values) if each else values
+            shapes = shapes * len(values) if each else shapes
+            wanted = [eval(shape, dict(size)) if shape != "-" else None for shape in shapes]
+            found = [tuple(value.shape) if shape else None for value, shape in zip(values, wanted)]
+            never.discard(line)
+            if found != wanted:
+                wrong.add(f"line {line} claims {shapes}, but has {found}")
+        previous[frame] = frame.f_lineno
+        return check
+
+    def trace(frame, event, result):
+        inside = frame.f_code.co_filename == module.__file__ and not frame.f_code.co_name.startswith("<")
+        return check(frame, event, result) if inside else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    assert len(claims) > 10, f"this test is blind: {len(claims)} comments"
+    return sorted(wrong) + [f"line {line} never ran" for line in sorted(never)]
+
+
+def test_every_shape_comment_of_erc_moe_is_true():
+    """Loss, model, sampling and heat map; the fields of the two named tuples, too."""
+    size = dict(B=4, T=5, N=20, V=11, L=2, H=3, n=7, K=6, d=48, D=24, vocab_size=9)  # d/H = 16, d/H/2 = 8
+    config = erc_moe.MoEConfig(size["V"], size["T"], size["L"], size["H"], size["d"], size["D"], size["n"], size["K"])
+    torch.manual_seed(0)
+    tokens, made = torch.randint(size["V"], (size["B"], size["T"])), []
+
+    def work():
+        model = erc_moe.MoETransformer(config)
+        moe = model.moe_layers()[0]
+        made.append(model(tokens, tokens))
+        made.append(moe(torch.randn(size["B"], size["T"], size["d"]))[1])
+        model.erc_loss()
+        M = erc_moe.activation_norms(moe.R, moe.W_g)
+        erc_moe.coupling_report(M)
+        erc_moe.heat_map(M)
+        for temperature in (0, 1.0):
+            model.generate(tokens, 1, temperature, stop=0, vocab_size=size["vocab_size"])
+
+    wrong = false_comments(erc_moe, size, work)
+    for fields in made:
+        for name, comment in re.findall(r"(\w+): torch.Tensor.*  # (.*)", inspect.getsource(type(fields))):
+            claim = () if comment.startswith("scalar") else eval(re.match(r"\(.*?\)", comment)[0], dict(size))
+            if getattr(fields, name).shape != claim:
+                wrong.append(f"{type(fields).__name__}.{name} claims {claim}, is {list(getattr(fields, name).shape)}")
+    assert not wrong, "; ".join(wrong)
+
+
+def test_every_shape_comment_of_train_is_true(data, elsewhere, monkeypatch):
+    """A run of two steps, with batches, evaluation, log and sample."""
+    size = dict(B=4, T=5, N=20, L=2, n=7, K=3, d=16)
+    monkeypatch.setattr(train, "VAL_WINDOWS", 2 * size["B"])
+    config, moe = train.configs(dict(
+        data=data, steps=2, warmup=1, batch_size=size["B"], context_length=size["T"], n_layers=size["L"], n_heads=2,
+        d_model=size["d"], d_expert=8, n_experts=size["n"], top_k=size["K"], sample_tokens=1, device="cpu"))
+
+    def work():
+        run = train.Run(config, moe)
+        train.train(run)
+        train.sample(run.model, train.prepare_data.get_tokenizer("bytes"), "fox ", config)  # end-of-text and 4 bytes
+
+    wrong = false_comments(train, size, work)
+    assert not wrong, "; ".join(wrong)
