@@ -13,7 +13,7 @@ A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then 
 llm.c and modded-nanogpt, so their shards can be trained on too: without meta.json, a folder is read as GPT-2 tokens.
 Here end-of-text follows every document, and meta.json says what was written.
 
-UserError, run_program and replacing, which train.py uses too, stand first. The text of the demo stands last.
+UserError, run_program, replacing and lock, which train.py uses too, stand first. The text of the demo stands last.
 Left out: shuffling (training draws random windows), cleaning, finding similar documents, training a tokenizer.
 """
 
@@ -91,6 +91,18 @@ def replacing(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(file, wait=True):
+    """Locks an open file until it is closed, if only by a kill. Returns False where another process has the lock."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows and some network drives have no locks
+    return True
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -428,12 +440,13 @@ def write_source(source, files, options, downloads, encoding, file):
 
 @contextmanager
 def alone_in(folder):
-    """Wait until no other process prepares this folder. Even a kill leaves nothing of the lock behind."""
+    """Wait until no other process prepares this folder."""
     handle = None
-    with suppress(ImportError, OSError):  # Windows and some network drives have no such lock
-        import fcntl
+    with suppress(OSError):  # Windows opens no folder
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        if not lock(handle, wait=False):
+            print(f"waiting for another process that prepares {folder}", flush=True)
+            lock(handle)
     try:
         yield
     finally:

@@ -20,7 +20,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,11 +35,6 @@ from tqdm import tqdm
 import prepare_data
 from erc_moe import MoEConfig, MoETransformer, setting
 from prepare_data import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two runs from one folder
-    fcntl = None
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -58,13 +52,13 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches in a step (of each process)", least=1)
     lr: float = setting(4e-3, "peak learning rate")
     warmup: int = setting(60, "steps from 0 to the peak, from which a cosine falls to a tenth of it")
+    moe_weight_decay: float = setting(1.7, "AdamW's, of R, W_g, W_p and W_o; chosen as said beside the presets")
     weight_decay: float = setting(0.1, "AdamW's, of all other matrices")
-    moe_weight_decay: float = setting(1.7, "AdamW's, of R, W_g, W_p and W_o")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
     log_every: int = setting(100, "steps between lines in the log", least=1)
     eval_every: int = setting(500, "steps between evaluations; 0: only at the end")
     save_every: int = setting(500, "steps between checkpoints; 0: only at the end")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    device: str = setting("auto", "auto (cuda, else cpu), cpu, cuda, cuda:1, mps ...")
     dtype: str = setting("auto", "auto, fp32, bf16 or fp16: the type of the matrix products; weights stay float32")
     compile: bool = setting(False, "compile the model; needs bf16")
     balance_weight: float = setting(0.01, "of the load-balancing loss")
@@ -80,8 +74,8 @@ class TrainConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-# Each is a flag. vocab_size comes from the data.
-SETTINGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.name != "vocab_size"]
+# Every setting is a flag, but for vocab_size, which comes from the data.
+FLAGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.name != "vocab_size"]
 # For one GPU with 24 GB, with many small experts, as in the paper.
 FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8, lr=1e-3, eval_every=500,
                  save_every=1000)
@@ -102,7 +96,7 @@ RESUME_MAY_CHANGE = ("data out steps lr grad_clip log_every eval_every save_ever
 
 
 def configs(values):
-    """(TrainConfig, MoEConfig) of plain values by name; others are left out. Raises ValueError for bad ones."""
+    """(TrainConfig, MoEConfig) of values by name; names of neither are ignored. Raises ValueError for bad values."""
     return [kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
             for kind in (TrainConfig, MoEConfig)]
 
@@ -122,7 +116,7 @@ def learning_rate(config, step):
 def keyed_generator(device, *key):
     """A random generator of its own for each key, such as (seed, step, "erc")."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # a seed has 63 bits
 
 
 def check_data(data, T):
@@ -131,36 +125,34 @@ def check_data(data, T):
     if min(val, train) <= T:
         raise UserError(f"a window is {T + 1} tokens; the largest validation shard has {val}, the largest training"
                         f" shard {train}: lower --context-length, or add text")
-    for shard in () if data.meta else (*data.train, *data.val):  # prepare_data.py writes no such id
-        largest = max(part.int().max() for part in torch.frombuffer(shard, dtype=torch.uint16).split(1 << 24))
-        if largest >= data.vocab_size:
-            raise UserError(f"a shard holds token {largest}, outside GPT-2's vocabulary of {data.vocab_size}; prepare"
-                            " the text with prepare_data.py")
-
-
-def documents_fit(data, T):
-    """Whether no document is longer than a window; unknown, so False, for foreign shards."""
-    return data.meta.get("longest_document", math.inf) <= T
+    if not data.meta:  # so prepare_data.py has not made them
+        for shard in (*data.train, *data.val):
+            largest = max(part.int().max() for part in torch.frombuffer(shard, dtype=torch.uint16).split(1 << 24))
+            if largest >= data.vocab_size:
+                raise UserError(f"a shard holds token {largest}, outside GPT-2's vocabulary of {data.vocab_size};"
+                                " prepare the text with prepare_data.py")
 
 
 def train_batch(data, T, batch_size, generator):
     """Windows of T + 1 tokens, drawn with replacement -> (inputs, targets), both [B, T], int64, on the CPU.
 
-    A window begins anywhere, and behind the last token of a shard comes its first. So every token is a target equally
-    often, whatever the length of its document. Where all documents fit into a window, it begins at the next end-of-text
-    instead: a document is seen from its start, as in sampling, and its end at least half as often as on average.
+    A window begins anywhere, also inside a document, and behind the last token of a shard comes its first. So every
+    token is a target equally often, end-of-text too, whatever the lengths of the documents.
     """
     lengths = torch.tensor([len(shard) for shard in data.train])
     rows = []
     for offset in torch.randint(int(lengths.sum()), (batch_size,), generator=generator):
         index = int(torch.searchsorted(lengths.cumsum(0), offset, right=True))
         shard = torch.frombuffer(data.train[index], dtype=torch.uint16)                # no copy, whatever its length
-        places = offset - lengths[:index].sum() + torch.arange(2 * T + 1)              # (2*T + 1,)
-        tokens = shard[places % len(shard)].long()                                     # (2*T + 1,)
-        first = int((tokens[:T] == data.eot).int().argmax()) if documents_fit(data, T) else 0
-        rows.append(tokens[first : first + T + 1])                                     # (T + 1,)
+        places = (offset - lengths[:index].sum() + torch.arange(T + 1)) % len(shard)   # (T + 1,)
+        rows.append(shard[places].long())                                              # (T + 1,)
     window = torch.stack(rows)                                                         # (B, T + 1)
     return window[:, :-1], window[:, 1:]
+
+
+def documents_fit(data, T):
+    """Whether no document is longer than a window, as far as meta.json knows."""
+    return data.meta.get("longest_document", math.inf) <= T
 
 
 def validation_batches(data, T, batch_size):
@@ -173,22 +165,23 @@ def validation_batches(data, T, batch_size):
     for shard in shards:
         if "entropy_floor" in data.meta and documents_fit(data, T):
             ends = (shard == data.eot).nonzero().flatten() + 1
-            rows += [F.pad(document.long(), (1, 0), value=data.eot) for document in shard.tensor_split(ends)[:-1]]
+            documents = shard.tensor_split(ends)[:-1]  # behind the last end-of-text is nothing
+            rows += [F.pad(document.long(), (1, 0), value=data.eot) for document in documents]
         else:
             count = min(math.ceil(VAL_WINDOWS / len(shards)), (len(shard) - 1) // T)
-            starts = [i * (len(shard) - T - 1) // max(1, count - 1) for i in range(count)]
+            starts = [i * (len(shard) - T - 1) // max(1, count - 1) for i in range(count)]  # from first to last
             rows += [shard[start : start + T + 1].long() for start in starts]          # (T + 1,) each
     rows.sort(key=len)  # so that there is little padding
     padded = [torch.nn.utils.rnn.pad_sequence(rows[i : i + batch_size], batch_first=True, padding_value=-100)
               for i in range(0, len(rows), batch_size)]
-    return [(batch[:, :-1].clamp(min=0), batch[:, 1:]) for batch in padded]            # (B, T) each
+    return [(batch[:, :-1].clamp(min=0), batch[:, 1:]) for batch in padded]            # (B, T) each; an input is an id
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def responses(moe, x):
     """How strongly each expert responds to each token: ||x W_g[j]||.  x [N, d] -> [N, n]."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)
+        return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)  # (N, n)
 
 
 def watched(model, inputs, targets):
@@ -252,8 +245,8 @@ def load_checkpoint(folder):
             if damaged := archive.testzip():  # torch compares no checksums: damaged weights would load in silence
                 raise ValueError(f"wrong checksum in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that may be in it
-        names = "model optimizer scaler step config tokenizer data processes".split()
-        return {name: dict(state)[name] for name in names}
+        return {name: dict(state)[name] for name in ("config", "model", "optimizer", "scaler", "step", "data",
+                                                     "tokenizer", "processes")}
     except (OSError, MemoryError):
         raise  # the file may be intact
     except Exception as error:  # damage shows as errors of many kinds
@@ -268,18 +261,14 @@ def open_log(folder, step, resume, overwrite):
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "log.csv", "a+", encoding="utf-8", newline="")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process trains in {folder}; choose another --out") from error
+    if not prepare_data.lock(file, wait=False):
+        raise UserError(f"another process trains in {folder}; choose another --out")
     file.seek(0)
     header, *rows = file.readlines() or [""]
-    if not (resume or overwrite) and (rows or (folder / "ckpt.pt").exists()):
-        raise UserError(f"{folder} holds a run; go on with --resume, start anew with --overwrite, or choose another"
-                        " --out")
-    if not resume:
-        (folder / "ckpt.pt").unlink(missing_ok=True)
+    has_checkpoint = (folder / "ckpt.pt").exists()
+    if not (resume or overwrite) and (rows or has_checkpoint):
+        raise UserError(f"{folder} holds a run; {'go on with --resume, ' if has_checkpoint else ''}start anew with"
+                        " --overwrite, or choose another --out")
     kept = [row for row in rows if resume and row.endswith("\n") and int(row.split(",")[0]) <= step]
     file.truncate(len("".join([header, *kept]).encode()) if kept else 0)
     file.write("" if kept else ",".join(LOG_COLUMNS) + "\n")
@@ -294,9 +283,9 @@ def processes():
 
 
 def pick_device(name):
-    """The torch.device for --device; auto takes the best there is. UserError where there is none of that name."""
+    """The torch.device for --device. UserError where there is none of that name."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -319,7 +308,7 @@ class Run:
     """What a run carries from step to step: data, model, optimizer, scaler, log, and the number of the last step.
 
     moe: MoEConfig; its vocab_size comes from the data. model: one's own instead, with the methods of MoETransformer.
-    state: a checkpoint to go on from. UserError for whatever the user can put right, before the run folder is touched.
+    state: a checkpoint to go on from. UserError for whatever the user can put right, before the run folder is changed.
     """
 
     def __init__(self, config, moe=None, model=None, state=None, overwrite=False):
@@ -338,20 +327,22 @@ class Run:
         self.step_tokens = config.batch_size * config.accumulate * self.processes * self.context
         check_data(self.data, self.context)
         self.val = validation_batches(self.data, self.context, config.batch_size)
-        of_moe = {p: True for moe in self.model.moe_layers() for p in moe.parameters()}
-        norms = [p for p in self.model.parameters() if p.ndim < 2]
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and p not in of_moe]
-        groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0),
-                  dict(params=list(of_moe), weight_decay=config.moe_weight_decay)]
+        of_moe = {p for moe in self.model.moe_layers() for p in moe.parameters()}
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        groups = [dict(params=[p for p in matrices if p not in of_moe], weight_decay=config.weight_decay),
+                  dict(params=[p for p in self.model.parameters() if p.ndim < 2], weight_decay=0.0),
+                  dict(params=[p for p in matrices if p in of_moe], weight_decay=config.moe_weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if config.compile else self.model
         if state:
             self.restore(state)
-        self.log = open_log(Path(config.out), self.step, state, overwrite) if self.rank == 0 else None
-        # Last: where the first process has failed, the others wait here for torchrun to end them, without a traceback.
+        self.log = open_log(Path(config.out), self.step, bool(state), overwrite) if self.rank == 0 else None
+        # After open_log: where that fails, the other processes wait here for torchrun to end them, without a traceback.
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        if overwrite and self.log:
+            Path(config.out, "ckpt.pt").unlink(missing_ok=True)
 
     def save(self):
         """Replaces ckpt.pt, all that a resumed run needs, as tensors and plain values. UserError on a full disk."""
@@ -363,9 +354,8 @@ class Run:
             with prepare_data.replacing(path) as file:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot save {path} ({reason}); an earlier one is intact: make room, then --resume"
-                            ) from error
+            raise UserError(f"cannot save {path} ({str(error).splitlines()[0]}); an earlier one is intact: make room,"
+                            " then --resume") from error
 
     def restore(self, state):
         """Goes on from a checkpoint. UserError where data or number of processes are not those it was saved with."""
@@ -397,12 +387,12 @@ class Run:
             dist.all_reduce(tensor)
         torch._foreach_div_(averaged, self.processes)
 
-    def largest(self, number):
-        """The largest of all processes' numbers. It stays on the CPU, so that no GPU has to wait for it."""
-        tensor = torch.tensor(number)
+    def any_signal(self, came):
+        """The number of a signal that some process got, or 0, so that all leave after the same step."""
+        number = torch.tensor(max(came, default=0))  # on the CPU: no GPU has to wait for it
         if self.processes > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -410,21 +400,19 @@ class Run:
 def signals_noted():
     """A list of the signals that came. Ctrl-C, SIGTERM and the end of the terminal wait until a step is done.
 
-    One that is ignored, as under nohup, stays so. Outside the main thread Python allows no handlers.
+    One that is ignored, as under nohup, stays so. Python allows handlers in the main thread alone.
     """
-    came, before = [], {}
-    terminals = [number for number in (1, 2) if os.isatty(number)]
+    came, before, hangup = [], {}, getattr(signal, "SIGHUP", None)  # Windows has none
+    terminals = [number for number in (1, 2) if os.isatty(number)]  # asked now: a closed one says no
 
     def note(number, frame):
         came.append(number)
-        if number != signal.SIGINT and number != signal.SIGTERM:  # the terminal is gone: print into nothing
-            for terminal in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        for terminal in terminals if number == hangup else ():  # what is still printed goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:
         yield came
@@ -436,27 +424,24 @@ def signals_noted():
 def train(run, extra_loss=None, watch=None):
     """Trains, and returns the last logged row as a dict, with `signal`: 0, or the number of the one that stopped it.
 
-    extra_loss: a function of the model -> scalar, added once per step, as the ERC loss is. watch: a function of (model,
-    step), called after each evaluation. UserError for a loss that is not finite or a full disk; what was saved before
-    is intact.
+    extra_loss: a function of the model -> scalar, added once per step, as the ERC loss is; it has to be the same on all
+    processes. watch: a function of (model, step), called on each after an evaluation. UserError for a loss that is not
+    finite, or a full disk; what was saved before is intact.
     """
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
-    row, stop, timed_from, clock = {}, 0, run.step, time.perf_counter()
-    if run.log:
-        total, active = model.num_params()
-        print(f"{config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {str(run.dtype)[6:]}\n"
-              f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
-              f"data:  {config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
-              flush=True)
-    hidden = None if run.log and not getattr(sys.stderr, "closed", True) else True  # stderr is None where it is closed
+    row, stop = {}, 0
+    timed_from, clock = run.step, time.perf_counter()
+    introduce(run)
+    has_bar = run.log and sys.stderr and sys.stderr.isatty()  # sys.stderr is None where the shell has closed it
     with (signals_noted() as signals, run.log or contextlib.nullcontext(),
-          tqdm(total=config.steps, initial=run.step, unit="step", disable=hidden) as bar):
+          tqdm(total=config.steps, initial=run.step, unit="step", disable=not has_bar) as bar):
         for step in range(run.step + 1, config.steps + 1):
             last = step == config.steps
             evaluates = last or (config.eval_every and step % config.eval_every == 0)
             logs = evaluates or step == 1 or step % config.log_every == 0
 
-            # The gradient of the text. Processes share the micro-batches: N with A each see what one with N*A sees.
+            # The gradient of the text. All processes together see what one with all their micro-batches
+            # sees.
             means, load = torch.zeros(3, device=run.device), 0
             for i in range(run.rank * config.accumulate, (run.rank + 1) * config.accumulate):
                 with run.autocast():
@@ -489,15 +474,11 @@ def train(run, extra_loss=None, watch=None):
             run.step = step
             bar.update()
 
-            stop = run.largest(max(signals, default=0))  # all processes leave after the same step
+            stop = run.any_signal(signals)
             saves = last or stop or (config.save_every and step % config.save_every == 0)
             if not (logs or saves):
                 continue
-            # A NaN stays in the weights. A float16 scaler that finds no finite gradient halves its scale for ever.
-            finite = (torch.nn.utils.get_total_norm(model.parameters()) + means[0]).isfinite()
-            if not finite or scaler.get_scale() < 1e-4:
-                raise UserError(f"loss or gradient is not finite at step {step} or shortly before; what was saved"
-                                " before is intact: --resume with a lower --lr, or train again with --overwrite")
+            check_finite(run, means[0])
             seconds, steps = time.perf_counter() - clock, step - timed_from
             if evaluates:
                 row.update(evaluate(model, run.val, run.device, run.autocast))
@@ -511,17 +492,38 @@ def train(run, extra_loss=None, watch=None):
             if saves and run.log:  # after the line of this step, which a resumed run does not write again
                 run.save()
             if logs and run.log:
-                with bar.external_write_mode():
-                    print(log_line(run, row, seconds / steps if steps > 1 else 0), flush=True)
+                with bar.external_write_mode(), contextlib.suppress(BrokenPipeError):  # trains on, as log.csv has it
+                    print(log_line(run, row, seconds / steps if steps > 1 else None), flush=True)
             timed_from, clock = step, time.perf_counter()
             if stop:
                 break
     return dict(row, signal=0 if run.step == config.steps else stop)
 
 
+def check_finite(run, ce):
+    """UserError where the weights or the loss are not finite: a NaN of an earlier step stays in the weights.
+
+    A float16 scaler that finds no finite gradient halves its scale for ever: it starts at 65,536.
+    """
+    finite = (torch.nn.utils.get_total_norm(run.model.parameters()) + ce).isfinite()
+    if not finite or run.scaler.get_scale() < 1e-4:
+        raise UserError(f"loss or gradient is not finite at step {run.step} or shortly before; what was saved before is"
+                        " intact: --resume with a lower --lr, or train again with --overwrite")
+
+
+def introduce(run):
+    """Prints what runs on what."""
+    total, active = run.model.num_params()
+    if run.log:
+        print(f"{run.config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"
+              f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
+              f"data:  {run.config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
+              flush=True)
+
+
 @torch.no_grad()
 def log_row(run, step, means, load, erc, norm):
-    """What log.csv says of a step, but for its speed and evaluation -> dict of numbers. Noise is in erc alone."""
+    """What log.csv says of a step, but for speed and evaluation. epsilon, violated and coupling are without noise."""
     share = load / load.sum(dim=1, keepdim=True)                                       # (L, n)
     layers = [(erc_moe.noise_bound(moe.R).mean(),
                *erc_moe.coupling_report(erc_moe.activation_norms(moe.R, moe.W_g), run.config.erc_alpha))
@@ -533,7 +535,7 @@ def log_row(run, step, means, load, erc, norm):
 
 
 def log_line(run, row, seconds):
-    """A row of log.csv as a line on the console; seconds: those of a step, 0 where that is not known yet."""
+    """A row of log.csv as a line on the console; seconds: of a step, None where that is not known yet."""
     step, steps, model = row["step"], run.config.steps, run.model
     val = f"val_ce {row['val_ce']:.4f} | agreement {row['agreement']:.0%} | " if "val_ce" in row else ""
     line = (f"step {step:5d} {step / steps:4.0%} | ce {row['ce']:.4f} | {val}balance {row['balance']:.3f} | erc"
@@ -544,7 +546,7 @@ def log_line(run, row, seconds):
         weights = model.num_params()[1] - (0 if model.config.tie_embeddings else model.embedding.weight.numel())
         flops = 6 * weights + 6 * model.config.n_layers * run.context * model.config.d_model
         line += f" | {flops * row['tokens_per_s'] / run.processes / 1e12:.1f} TFLOP/s"
-    minutes, rest = divmod(round(seconds * (steps - step)), 60)
+    minutes, rest = divmod(round((seconds or 0) * (steps - step)), 60)
     return line + (f" | {minutes}:{rest:02d} left" if seconds and step < steps else "")
 
 
@@ -583,33 +585,34 @@ def report(run, result, argv):
 
 def make_parser(argv):
     """The argparse parser, whose help shows the defaults of the preset in argv. Its result has only what was given."""
-    form = dict(prog="train.py", usage="train.py [--help] [--preset NAME] [--resume] [--FLAG ...]", allow_abbrev=False)
-    preset = argparse.ArgumentParser(add_help=False, **form)
-    preset.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from (default: demo)")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[preset], **form)
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py [--help] [--preset NAME] [--resume] [--FLAG ...]",
+                                     description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False)
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from (default: demo)")
+    defaults = PRESETS[parser.parse_known_args(argv)[0].preset]
+    parser.add_argument("-h", "--help", action="help", help="show this, and stop")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has;"
                       " more --steps stretch the learning rate's schedule, so that it rises once more")
     what.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run")
     what.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out, and stop")
-    defaults = PRESETS[preset.parse_known_args(argv)[0].preset]
-    for field in SETTINGS:
+    for field in FLAGS:
         kind = dict(type=field.type, metavar=field.type.__name__)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} (default: {defaults.get(field.name, field.default)})",
-                            **dict(action=argparse.BooleanOptionalAction) if field.type is bool else kind)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{field.metadata['help']} (default: {defaults.get(field.name, field.default)})")
     return parser
 
 
-def settings(options):
+def configs_of(options):
     """Parsed options -> (TrainConfig, MoEConfig, checkpoint or None). ValueError for wrong usage."""
-    explicit = {field.name: getattr(options, field.name) for field in SETTINGS if field.name in options}
+    explicit = {field.name: getattr(options, field.name) for field in FLAGS if field.name in options}
     values = {**PRESETS[options.preset], **explicit}
     if not options.resume and options.sample is None:
         return *configs(values), None
     out = values.get("out", TrainConfig.out)
     state = load_checkpoint(out)
-    stored = {**{field.name: field.default for field in SETTINGS}, **state["config"]}
+    stored = {**{field.name: field.default for field in FLAGS}, **state["config"]}
     for name, value in explicit.items():
         if name not in RESUME_MAY_CHANGE and value != stored[name] and (options.resume or name != "seed"):
             raise ValueError(f"--{name.replace('_', '-')} is {value} here, but {stored[name]} in the run in"
@@ -626,7 +629,7 @@ def main(argv=None):
     parser = make_parser(argv)
     options = parser.parse_args(argv)
     try:
-        config, moe, state = settings(options)
+        config, moe, state = configs_of(options)
     except ValueError as error:
         parser.error(str(error))
     if options.sample is not None:
@@ -641,12 +644,15 @@ def main(argv=None):
     while config.data == "data/demo" and not prepare_data.is_finished(config.data):
         if rank == 0:
             prepare_data.main(["demo"])
-        time.sleep(0.1)  # the other processes wait for the first
+        else:
+            time.sleep(0.1)
     try:
         run = Run(config, moe, state=state, overwrite=options.overwrite)
+        del state  # twice the model, on the CPU
         result = train(run)
     except torch.OutOfMemoryError as error:
-        raise UserError("out of memory; lower --batch-size, and raise --accumulate to make up for it") from error
+        raise UserError("out of memory; begin with a lower --batch-size, and a higher --accumulate to make up for it"
+                        ) from error
     if run.processes > 1:
         dist.destroy_process_group()
     if rank == 0:
