@@ -5,7 +5,6 @@ import copy
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +59,6 @@ def farthest(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-# ---- The template and couple.py add the right gradient ----------------------------------------------
-
-
 def template(model, weight=1.0, alpha=0.9):
     paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=weight, alpha=alpha, step=3, device="cpu"))
 
@@ -87,10 +83,7 @@ def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(ours)
 
 
 def test_lora_is_coupled_by_the_merged_weight():
-    """With peft on OLMoE: the README's base + delta is what merging gives, also where D = d and down_proj has a delta.
-
-    The loss reaches the delta of router and gate alone.
-    """
+    """With peft on OLMoE, D = d, down_proj too: base + delta is what merging gives, and the delta alone learns."""
     peft = pytest.importorskip("peft", reason="trains with LoRA of peft, which is not installed")
     linear, fused, _, outer, inner, *_ = row("LoRA")
     for place, down in ((outer, []), (inner, ["mlp.experts.down_proj"])):
@@ -108,15 +101,10 @@ def test_lora_is_coupled_by_the_merged_weight():
 
 
 def test_the_hooks_of_the_readme_record_what_olmoe_computes():
-    """Its question to a layer accepts OLMoE's gate half, and rejects the up half."""
+    """Its question to a layer, as printed, accepts OLMoE's router and gate half."""
     layer = small_model("olmoe").model.layers[0].mlp
-    names = dict(check_layer=check_layer, layer=layer, K=2, x=torch.randn(1, 64, d), R=layer.gate.weight)
-    paste("needs a layer", dict(names, W_g=layer.experts.gate_up_proj[:, :D].mT))
-    with pytest.raises(AssertionError, match="0 of 128 rows"):
-        paste("needs a layer", dict(names, W_g=layer.experts.gate_up_proj[:, D:].mT))
-
-
-TOKENS = torch.randint(64, (4, 16), generator=seeded(0))
+    paste("needs a layer", dict(check_layer=check_layer, layer=layer, K=2, x=torch.randn(1, 64, d),
+                                R=layer.gate.weight, W_g=layer.experts.gate_up_proj[:, :D].mT))
 
 
 def test_what_is_logged_is_without_noise():
@@ -132,11 +120,11 @@ def test_what_is_logged_is_without_noise():
 @pytest.mark.parametrize("parts, scale", [(1, 1.0), (4, 1.0), (4, 2.0**16)])
 def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is(parts, scale):
     """The published step, with one micro-batch or four, scaled or not: the batch's gradient plus the ERC loss's."""
-    model, plain = hugging_face_model(), hugging_face_model()
-    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    model, plain, tokens = hugging_face_model(), hugging_face_model(), torch.randint(64, (4, 16), generator=seeded(0))
+    plain(input_ids=tokens, labels=tokens).loss.backward()
     couple.add_erc_gradient(plain, 3)
     couple.training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler(
-        "cpu", init_scale=scale, enabled=scale > 1), TOKENS.split(4 // parts), 3, clip=float("inf"))
+        "cpu", init_scale=scale, enabled=scale > 1), tokens.split(4 // parts), 3, clip=float("inf"))
     assert farthest(gradients(model), gradients(plain)) < 1e-12, farthest(gradients(model), gradients(plain))
 
 
@@ -159,18 +147,12 @@ def test_the_noise_is_that_of_the_step():
     assert (one - other).abs().max() > 1e-4, "two equal layers get the same noise"
 
 
-# ---- Several processes ---------------------------------------------------------------------------
-
-
-def train(model, batches):
-    """Three of the published steps on lists of micro-batches."""
+def train(model, processes):
+    """Three of the published steps, each with one micro-batch of each of these processes."""
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
-    for step, micro_batches in enumerate(batches):
-        couple.training_step(model, optimizer, scaler, micro_batches, step)
-
-
-def batch(step, process):
-    return torch.randint(64, (2, 16), generator=seeded(10 * step + process))
+    for step in range(3):
+        couple.training_step(model, optimizer, scaler, [
+            torch.randint(64, (2, 16), generator=seeded(10 * step + process)) for process in processes], step)
 
 
 def worker(folder):
@@ -183,7 +165,7 @@ def worker(folder):
     dist.init_process_group("gloo")
     rank, model, mesh = dist.get_rank(), hugging_face_model(), init_device_mesh("cpu", (2,))
     torch.manual_seed(rank)  # the global streams of two processes differ, and may
-    train(nn.parallel.DistributedDataParallel(model), [[batch(step, rank)] for step in range(3)])
+    train(nn.parallel.DistributedDataParallel(model), [rank])
     torch.save(model.state_dict(), Path(folder, f"ddp-{rank}.pt"))
 
     fused, listed, parallel = hugging_face_model(num_experts=5), Listed().double(), hugging_face_model()
@@ -216,7 +198,6 @@ def worker(folder):
         erc_moe.erc_loss(R, W_g, generator=seeded(0)).backward()
     for found, wanted in ((other.grad, one.grad), (own.grad, whole.grad[3 * rank:3 * rank + 3])):
         assert wanted.any() and torch.allclose(found, wanted), f"{(found / wanted).nanmean()} times the gradient"
-    Path(folder, f"sliced-{rank}").touch()
     dist.destroy_process_group()
 
 
@@ -224,11 +205,8 @@ def worker(folder):
 def two_processes(tmp_path_factory):
     """The folder that `worker` has filled, on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-               f"--master-port={port}", __file__, str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               "--nproc-per-node=2", __file__, str(folder)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
                        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "experiments")]))
     return folder, subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -241,17 +219,13 @@ def test_two_processes_keep_the_same_weights_and_learn_what_one_does(two_process
     assert all(path.exists() for path in paths), done.stderr[-3000:]
     (one, other), model = map(torch.load, paths), hugging_face_model()
     assert farthest(one, other) == 0, f"the replicas differ by {farthest(one, other):.1e}"
-    train(model, [[batch(step, 0), batch(step, 1)] for step in range(3)])
+    train(model, [0, 1])
     assert farthest(one, model.state_dict()) < 1e-12, f"off by {farthest(one, model.state_dict()):.1e}"
 
 
 def test_slices_of_weights_get_the_gradient_of_whole_ones(two_processes):
-    """The README's template and couple.py under FSDP2, 5 experts on 2 processes; tensor and plain expert parallel."""
-    folder, done = two_processes
-    assert Path(folder, "sliced-0").exists() and Path(folder, "sliced-1").exists(), done.stderr[-3000:]
-
-
-# ---- What is taken, and what is refused ------------------------------------------------------------
+    """The template and couple.py on 2 processes: FSDP2, 5 experts, sliced or left whole; tensor and expert parallel."""
+    assert two_processes[1].returncode == 0, two_processes[1].stderr[-3000:]
 
 
 def refuses(model, *texts):
@@ -265,10 +239,7 @@ def refuses(model, *texts):
 
 
 def test_listed_and_compiled_experts_are_understood():
-    """W_g[j] is what expert j of a list multiplies with; what torch.compile renames gets the same gradient.
-
-    A float32 router may have bfloat16 experts.
-    """
+    """W_g[j] is what expert j of a list multiplies with, or bfloat16 of it; compiled, it gets the same gradient."""
     layer = Listed().layers[0]
     R, W_g = couple.router_and_gates("", layer)
     own = torch.stack([expert["gate_proj"](layer["gate"].weight) for expert in layer["experts"]])       # (n, n, D)
@@ -336,9 +307,6 @@ def test_models_it_does_not_know_are_refused():
         refuses(model, "model.layers.1.mlp should have", f"experts.gate_up_proj {list(experts.gate_up_proj.shape)}")
 
 
-# ---- The program ---------------------------------------------------------------------------------
-
-
 def run_main(*arguments):
     """The output of couple.py with these arguments, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -370,9 +338,8 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
     monkeypatch.setattr(couple, "open_checkpoint", lambda *_: opened)
     monkeypatch.setattr(couple, "router_and_gates", lambda *layer: present.append(
         sum(not next(other.parameters()).is_meta for other in opened[0].values())) or read(*layer))
-    said, *lines = [line.replace("+-", " ").split() for line in run_main("report", tmp_path).splitlines()]
+    said, _, _, *lines = [line.replace("+-", " ").split() for line in run_main("report", tmp_path).splitlines()]
     assert said == ["read:", str(files[0]), *(file.name for file in files[1:])], f"{said}, not {files}"
-    lines = lines[2:]
     layers = couple.moe_layers(model)
     assert present == [1] * len(lines) == [1] * len(layers), f"{present}, {len(lines)} lines for {len(layers)} layers"
     for cells, (name, layer) in zip(lines, layers.items()):
