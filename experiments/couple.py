@@ -12,10 +12,9 @@ per optimizer step, where `training_step` does. Beside the pitfalls of the READM
 * GradScaler. Its factor is on the gradients until scaler.unscale_(optimizer). Add after that, and before clipping.
 * DDP. It averages gradients within backward; what comes later is averaged by no one. Add it after the last backward, on
   every process, with the same noise. Hence the noise comes from `step` and not from torch's global stream.
-* FSDP2 and tensor parallelism. A process holds a slice of each weight, a DTensor. full_tensor() gathers it here, on all
-  processes at once: `coupling` too must run on each. Not tested: the older FullyShardedDataParallel, and DeepSpeed.
-* Expert parallelism. Experts in DTensors are gathered in the same way. Where each process holds n / p plain experts,
-  the layer is refused. Gather their values, put your own slice back, and call erc_loss: the README's table has it.
+* FSDP2, tensor and expert parallelism. DTensors are gathered, on all processes: `coupling` too must run on each.
+  What FSDP2 has left whole is resharded first: its gradient would reach no optimizer. n / p plain experts a process are
+  refused: the README's table has them. Not tested: the older FullyShardedDataParallel, and DeepSpeed.
 * Pipeline parallel. The mean is over the layers of the whole model: on a stage, weight is own layers / all layers.
 * Trainer. The place is on_pre_optimizer_step(args, state, control, model, **_) of a callback, with state.global_step as
   `step`. Clipping is over by then; in float16, max_grad_norm must be above 0, or nothing has unscaled the gradients.
@@ -72,7 +71,8 @@ def moe_layers(model, where=""):
         if "experts" in children or {"router", "input_linear"} <= children.keys():
             layers[name or "the model"] = module
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no module with experts; hand your R and W_g to erc_loss yourself")
+        raise ValueError(f"{type(model).__name__} has no module with experts" + (
+            f" whose name matches {where}" if where else "; hand your R and W_g to erc_loss yourself"))
     return layers
 
 
@@ -121,10 +121,11 @@ def router_and_gates(name, layer, gather=whole):
         experts, router = getattr(layer, "experts", layer), layer.get_submodule(routers[0].split(".")[0])
         W_g = gate_matrices(held, experts, R, gather)
         rest = getattr(experts, "zero_expert_num", 0) + getattr(router, "n_shared_experts", 0)  # R's last rows
-    if W_g is None or W_g.ndim != 3 or R.shape != (len(W_g) + rest, W_g.size(1)):
-        shapes = [f"{tensor} {list(held[tensor].shape)}" for tensor in held if not tensor.startswith("shared_")][:3]
-        raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d], but has {', '.join(shapes)};"
-                         " transpose or gather them, and call erc_loss yourself")
+    if (W_g is None or W_g.ndim != 3 or R.shape != (len(W_g) + rest, W_g.size(1)) or R.is_complex()
+            or torch.promote_types(R.dtype, torch.float32) != torch.promote_types(W_g.dtype, torch.float32)):
+        found = [f"{name} {[*W.shape]} {W.dtype}" for name, W in held.items() if not name.startswith("shared_")][:3]
+        raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d] of one dtype, but has"
+                         f" {', '.join(found)}; transpose, gather or convert them, and call erc_loss yourself")
     return R[:len(W_g)], W_g
 
 
@@ -136,8 +137,9 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0, where=""):
     before anything is added, where nothing can be trained, and as the above do.
     """
     layers, losses = moe_layers(model, where), []
-    for name, layer in layers.items():  # shapes alone, nothing is gathered: a refusal comes before the first gradient
-        router_and_gates(name, layer, lambda tensor: torch.empty(tensor.shape, device="meta"))
+    [module.reshard() for module in model.modules() if hasattr(module, "reshard")]  # else FSDP2 can lose the gradient
+    for name, layer in layers.items():  # nothing is gathered: a refusal comes before the first gradient
+        router_and_gates(name, layer, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
     for i, (name, layer) in enumerate(layers.items()):  # one by one: only one's n * n responses [D] are alive
         R, W_g = router_and_gates(name, layer)
         noise = torch.Generator(R.device).manual_seed(int(step) * len(layers) + i)
@@ -153,10 +155,8 @@ def add_erc_gradient(model, step, weight=1.0, alpha=1.0, where=""):
 @torch.no_grad()
 def coupling(model, alpha=1.0, where=""):
     """What to log: (ERC loss without noise, violated, coupling), three floats, means over layers."""
-    rows = []
-    for name, layer in moe_layers(model, where).items():
-        M = activation_norms(*router_and_gates(name, layer))                           # (n, n)
-        rows.append([coupling_hinge(M, alpha).item(), *(value.item() for value in coupling_report(M, alpha))])
+    Ms = [activation_norms(*router_and_gates(*item)) for item in moe_layers(model, where).items()]     # (n, n) each
+    rows = [[coupling_hinge(M, alpha).item(), *map(float, coupling_report(M, alpha))] for M in Ms]
     return [sum(column) / len(rows) for column in zip(*rows)]
 
 
@@ -187,16 +187,14 @@ def demonstration():
     print("steps      erc  violated  coupling")
     for step in range(21):
         if step % 5 == 0:
-            erc, violated, ratio = coupling(model)
-            print(f"{step:5d}  {erc:.5f}  {violated:8.1%}  {ratio:8.2f}")
+            print("{:5d}  {:.5f}  {:8.1%}  {:8.2f}".format(step, *coupling(model)))
         training_step(model, optimizer, scaler, [torch.randint(256, (4, 32)) for _ in range(4)], step)
 
 
 def open_checkpoint(source, where=""):
-    """A folder, or a name on the hub -> (its MoE layers, still without weights; a function that loads one of them).
+    """A folder, or a name on the hub -> (MoE layers, still without weights; a function that loads one; files read).
 
-    Files, names and layouts are transformers' business: it builds the model without weights, finds the files that it
-    would load, and converts what is read. Raises OSError or ValueError, with the reason.
+    transformers builds the model, finds its files, and converts them. Raises OSError or ValueError, with the reason.
     """
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModel
@@ -204,13 +202,15 @@ def open_checkpoint(source, where=""):
     from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
     from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 
+    if not Path(source).is_dir() and (str(source).count("/") != 1 or Path(source).parent.is_dir()):
+        raise FileNotFoundError(f"there is no folder {source}, and a name on the hub looks like owner/name")
     config, slices = AutoConfig.from_pretrained(source), {}
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     layers = moe_layers(model, where)
     named = getattr(config, "transformers_weights", None)
     try:  # (the second True: without asking the hub to convert .bin files)
-        for file in _get_resolved_checkpoint_files(source, None, None, True, None, True, named)[0]:
+        for file in (files := _get_resolved_checkpoint_files(source, None, None, True, None, True, named)[0]):
             opened = safe_open(file, framework="pt")
             slices |= {saved: opened.get_slice(saved) for saved in opened.keys()}
     except SafetensorError as error:
@@ -220,8 +220,7 @@ def open_checkpoint(source, where=""):
     steps, names = get_model_conversion_mapping(model), model.state_dict()
     renaming = [step for step in steps if isinstance(step, WeightRenaming)]
     converting = [step for step in steps if not isinstance(step, WeightRenaming)]
-    target = {saved: rename_source_key(saved, renaming, converting, model.base_model_prefix, names)[0]
-              for saved in slices}
+    target = {key: rename_source_key(key, renaming, converting, model.base_model_prefix, names)[0] for key in slices}
 
     def load(name, layer):
         own = {saved: slices[saved] for saved in slices if target[saved].startswith(f"{name}.")}
@@ -231,7 +230,7 @@ def open_checkpoint(source, where=""):
         if lacking := [weight for weight, value in layer.named_parameters() if value.is_meta]:
             raise ValueError(f"{source} lacks {name}.{lacking[0]}, or holds it in another shape")
 
-    return layers, load
+    return layers, load, files
 
 
 @torch.no_grad()
@@ -241,9 +240,10 @@ def report(source, where=""):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    layers, load = open_checkpoint(source, where)
+    layers, load, files = open_checkpoint(source, where)
     width = max(len(name) for name in layers)
     spread = lambda norms: f"{norms.mean():7.3f} +-{norms.std(correction=0):6.3f}"
+    print("read:", files[0], *(Path(file).name for file in files[1:]))
     print("erc at alpha 1 to 5; decoupled: the smallest alpha that breaks no constraint; violated, coupling at alpha 1;"
           f" norms: mean +- sd\n{'layer':{width}}    erc 1       2       3       4       5  decoupled"
           f"  violated  coupling  epsilon  {'|R[i]|':17}  |W_g[i]|")

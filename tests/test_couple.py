@@ -5,7 +5,6 @@ import copy
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="reads checkpoints
 transformers = pytest.importorskip("transformers", reason="couples models of transformers, which is not installed")
 
 import couple
+from check_layer import check_layer
 from families import small_model
 from test_erc import seeded
 from test_pasted import paste, row
@@ -59,9 +59,6 @@ def farthest(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-# ---- The template and couple.py add the right gradient ----------------------------------------------
-
-
 def template(model, weight=1.0, alpha=0.9):
     paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=weight, alpha=alpha, step=3, device="cpu"))
 
@@ -86,22 +83,28 @@ def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(ours)
 
 
 def test_lora_is_coupled_by_the_merged_weight():
-    """With peft on OLMoE: the README's base + delta is what merging gives, and the loss reaches the delta alone."""
+    """With peft on OLMoE, D = d, down_proj too: base + delta is what merging gives, and the delta alone learns."""
     peft = pytest.importorskip("peft", reason="trains with LoRA of peft, which is not installed")
-    model, (linear, fused, *_) = hugging_face_model(torch.float32), row("LoRA")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(
-        r=4, target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"], init_lora_weights=False))
-    layer = model.model.layers[0].mlp
-    R, both = eval(linear, dict(linear=layer.gate)), eval(fused, dict(experts=layer.experts))
-    erc_moe.erc_loss(R, both[:, :D].mT).backward()
-    assert len(gradients(model)) == 4 and all("lora_" in name for name in gradients(model)), [*gradients(model)]
-    refuses(model, "gate.lora_A.default.weight")
-    base, merged = layer.gate.weight.clone(), wrapped.merge_and_unload().model.layers[0].mlp
-    assert torch.allclose(merged.gate.weight, R) and torch.allclose(merged.experts.gate_up_proj, both), "not merged"
-    assert not torch.allclose(base, R, atol=0.1), "the base alone would do"
+    linear, fused, _, outer, inner, *_ = row("LoRA")
+    for place, down in ((outer, []), (inner, ["mlp.experts.down_proj"])):
+        model = hugging_face_model(torch.float32, intermediate_size=d)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, r=4, target_parameters=[
+            "mlp.gate.weight", "mlp.experts.gate_up_proj", *down]))
+        layer = model.model.layers[0]
+        R, both = eval(linear, dict(linear=layer.mlp.gate)), eval(fused, dict(experts=eval(place, dict(layer=layer))))
+        erc_moe.erc_loss(R, both[:, :d].mT).backward()
+        assert len(gradients(model)) == 4 and all("lora_" in name for name in gradients(model)), [*gradients(model)]
+        refuses(model, "gate.lora_A.default.weight")
+        base, merged = layer.mlp.gate.weight.clone(), wrapped.merge_and_unload().model.layers[0].mlp
+        assert torch.allclose(merged.gate.weight, R) and torch.equal(merged.experts.gate_up_proj, both), "not merged"
+        assert not torch.allclose(base, R, atol=0.1), "the base alone would do"
 
 
-TOKENS = torch.randint(64, (4, 16), generator=seeded(0))
+def test_the_hooks_of_the_readme_record_what_olmoe_computes():
+    """Its question to a layer, as printed, accepts OLMoE's router and gate half."""
+    layer = small_model("olmoe").model.layers[0].mlp
+    paste("needs a layer", dict(check_layer=check_layer, layer=layer, K=2, x=torch.randn(1, 64, d),
+                                R=layer.gate.weight, W_g=layer.experts.gate_up_proj[:, :D].mT))
 
 
 def test_what_is_logged_is_without_noise():
@@ -117,11 +120,11 @@ def test_what_is_logged_is_without_noise():
 @pytest.mark.parametrize("parts, scale", [(1, 1.0), (4, 1.0), (4, 2.0**16)])
 def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is(parts, scale):
     """The published step, with one micro-batch or four, scaled or not: the batch's gradient plus the ERC loss's."""
-    model, plain = hugging_face_model(), hugging_face_model()
-    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    model, plain, tokens = hugging_face_model(), hugging_face_model(), torch.randint(64, (4, 16), generator=seeded(0))
+    plain(input_ids=tokens, labels=tokens).loss.backward()
     couple.add_erc_gradient(plain, 3)
     couple.training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler(
-        "cpu", init_scale=scale, enabled=scale > 1), TOKENS.split(4 // parts), 3, clip=float("inf"))
+        "cpu", init_scale=scale, enabled=scale > 1), tokens.split(4 // parts), 3, clip=float("inf"))
     assert farthest(gradients(model), gradients(plain)) < 1e-12, farthest(gradients(model), gradients(plain))
 
 
@@ -144,18 +147,12 @@ def test_the_noise_is_that_of_the_step():
     assert (one - other).abs().max() > 1e-4, "two equal layers get the same noise"
 
 
-# ---- Several processes ---------------------------------------------------------------------------
-
-
-def train(model, batches):
-    """Three of the published steps on lists of micro-batches."""
+def train(model, processes):
+    """Three of the published steps, each with one micro-batch of each of these processes."""
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
-    for step, micro_batches in enumerate(batches):
-        couple.training_step(model, optimizer, scaler, micro_batches, step)
-
-
-def batch(step, process):
-    return torch.randint(64, (2, 16), generator=seeded(10 * step + process))
+    for step in range(3):
+        couple.training_step(model, optimizer, scaler, [
+            torch.randint(64, (2, 16), generator=seeded(10 * step + process)) for process in processes], step)
 
 
 def worker(folder):
@@ -168,7 +165,7 @@ def worker(folder):
     dist.init_process_group("gloo")
     rank, model, mesh = dist.get_rank(), hugging_face_model(), init_device_mesh("cpu", (2,))
     torch.manual_seed(rank)  # the global streams of two processes differ, and may
-    train(nn.parallel.DistributedDataParallel(model), [[batch(step, rank)] for step in range(3)])
+    train(nn.parallel.DistributedDataParallel(model), [rank])
     torch.save(model.state_dict(), Path(folder, f"ddp-{rank}.pt"))
 
     fused, listed, parallel = hugging_face_model(num_experts=5), Listed().double(), hugging_face_model()
@@ -181,24 +178,26 @@ def worker(folder):
         for module, name, dim in ((layer.mlp.gate, "weight", 0), (layer.mlp.experts, "gate_up_proj", 1)):
             setattr(module, name, nn.Parameter(distribute_tensor(getattr(module, name), mesh, [Shard(dim)])))
     for add, plain, sharded in cases:
+        trained = dict(sharded.named_parameters())  # what an optimizer holds: always the slices
         for model in (plain, sharded):
             model.zero_grad()
-            add(model), add(model)  # the second time to a gradient that is there already
-        found = {name: gradient.full_tensor() for name, gradient in gradients(sharded).items()}
+            add(model)
+            [module.unshard() for module in model.modules() if hasattr(module, "unshard")]  # as some settings leave it
+            add(model)  # to a gradient that is there already
+        found = {name: p.grad.full_tensor() for name, p in trained.items() if p.grad is not None}
         difference = farthest(found, gradients(plain))
         assert difference < 1e-14, f"sharded, gradients differ by {difference:.1e}"
         assert couple.coupling(sharded) == pytest.approx(couple.coupling(plain), rel=1e-12)
 
     # Expert parallelism without DTensors: of 6 experts each process holds 3; the router is whole.
-    R, whole = torch.randn(6, d, generator=seeded(0)), torch.randn(6, d, D, generator=seeded(1)).requires_grad_()
+    one, other, whole = (torch.randn(6, d, *D_, generator=seeded(0)).requires_grad_() for D_ in ((), (), (D,)))
     own = whole.detach()[3 * rank:3 * rank + 3].clone().requires_grad_()
     names, (*statements, gathered) = dict(torch=torch, dist=dist, p=2, rank=rank, W=own), row("n / p plain experts")
     exec("\n".join(statements), names)
-    for W_g in (whole, eval(gathered, names)):
+    for R, W_g in ((one, whole), (other, eval(gathered, names))):
         erc_moe.erc_loss(R, W_g, generator=seeded(0)).backward()
-    wanted = whole.grad[3 * rank:3 * rank + 3]
-    assert wanted.any() and torch.allclose(own.grad, wanted), f"{(own.grad / wanted).nanmean()} times the gradient"
-    Path(folder, f"sliced-{rank}").touch()
+    for found, wanted in ((other.grad, one.grad), (own.grad, whole.grad[3 * rank:3 * rank + 3])):
+        assert wanted.any() and torch.allclose(found, wanted), f"{(found / wanted).nanmean()} times the gradient"
     dist.destroy_process_group()
 
 
@@ -206,11 +205,8 @@ def worker(folder):
 def two_processes(tmp_path_factory):
     """The folder that `worker` has filled, on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-               f"--master-port={port}", __file__, str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               "--nproc-per-node=2", __file__, str(folder)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
                        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "experiments")]))
     return folder, subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -223,17 +219,13 @@ def test_two_processes_keep_the_same_weights_and_learn_what_one_does(two_process
     assert all(path.exists() for path in paths), done.stderr[-3000:]
     (one, other), model = map(torch.load, paths), hugging_face_model()
     assert farthest(one, other) == 0, f"the replicas differ by {farthest(one, other):.1e}"
-    train(model, [[batch(step, 0), batch(step, 1)] for step in range(3)])
+    train(model, [0, 1])
     assert farthest(one, model.state_dict()) < 1e-12, f"off by {farthest(one, model.state_dict()):.1e}"
 
 
 def test_slices_of_weights_get_the_gradient_of_whole_ones(two_processes):
-    """The README's template and couple.py under FSDP2, 5 experts on 2 processes; tensor and plain expert parallel."""
-    folder, done = two_processes
-    assert Path(folder, "sliced-0").exists() and Path(folder, "sliced-1").exists(), done.stderr[-3000:]
-
-
-# ---- What is taken, and what is refused ------------------------------------------------------------
+    """The template and couple.py on 2 processes: FSDP2, 5 experts, sliced or left whole; tensor and expert parallel."""
+    assert two_processes[1].returncode == 0, two_processes[1].stderr[-3000:]
 
 
 def refuses(model, *texts):
@@ -247,11 +239,13 @@ def refuses(model, *texts):
 
 
 def test_listed_and_compiled_experts_are_understood():
-    """W_g[j] is what expert j of a list multiplies with; what torch.compile renames gets the same gradient."""
+    """W_g[j] is what expert j of a list multiplies with, or bfloat16 of it; compiled, it gets the same gradient."""
     layer = Listed().layers[0]
     R, W_g = couple.router_and_gates("", layer)
     own = torch.stack([expert["gate_proj"](layer["gate"].weight) for expert in layer["experts"]])       # (n, n, D)
     assert torch.allclose(own, R @ W_g, rtol=1e-5), "not the gates, or not in their order"
+    layer["experts"].bfloat16()
+    assert torch.allclose(couple.router_and_gates("", layer)[1].float(), W_g, rtol=1e-2)
     plain, compiled = hugging_face_model(), hugging_face_model()
     for layer in compiled.model.layers:
         layer.mlp.experts = torch.compile(layer.mlp.experts)  # (nothing runs, so nothing compiles)
@@ -283,6 +277,8 @@ SPOILT = {  # what is done to the second of two layers: what the line says of it
     "n gate matrices": lambda layer: layer["experts"][1].update(dict(gate_proj=nn.Linear(d, D + 1, False))),
     "n gate matrices [D, d]": lambda layer: [expert.pop("gate_proj") for expert in layer["experts"]],
     "holds w1 and w3 of each expert": lambda layer: layer.update(Listed(("w1", "w3", "w2")).layers[0]),
+    f"gate.weight [{n}, {d}] torch.float64": lambda layer: layer["gate"].double(),
+    f"gate.weight [{n}, {d}] torch.complex64": lambda layer: layer.to(torch.complex64),
     "in torch.int8": lambda layer: layer["gate"].register_buffer("my_bias", torch.zeros(n, dtype=torch.int8)),
     "holds experts.3.gate_proj.weight in torch.float32 on meta": lambda layer: layer["experts"][3].to("meta"),
 }
@@ -309,9 +305,6 @@ def test_models_it_does_not_know_are_refused():
         for name in ("gate_up_proj", "down_proj"):
             setattr(experts, name, nn.Parameter(sliced(getattr(experts, name))))
         refuses(model, "model.layers.1.mlp should have", f"experts.gate_up_proj {list(experts.gate_up_proj.shape)}")
-
-
-# ---- The program ---------------------------------------------------------------------------------
 
 
 def run_main(*arguments):
@@ -345,7 +338,8 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
     monkeypatch.setattr(couple, "open_checkpoint", lambda *_: opened)
     monkeypatch.setattr(couple, "router_and_gates", lambda *layer: present.append(
         sum(not next(other.parameters()).is_meta for other in opened[0].values())) or read(*layer))
-    lines = [line.replace("+-", " ").split() for line in run_main("report", tmp_path).splitlines()[2:]]
+    said, _, _, *lines = [line.replace("+-", " ").split() for line in run_main("report", tmp_path).splitlines()]
+    assert said == ["read:", str(files[0]), *(file.name for file in files[1:])], f"{said}, not {files}"
     layers = couple.moe_layers(model)
     assert present == [1] * len(lines) == [1] * len(layers), f"{present}, {len(lines)} lines for {len(layers)} layers"
     for cells, (name, layer) in zip(lines, layers.items()):
@@ -361,12 +355,15 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
 
 
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
-    """No configuration, .bin files alone, a damaged file, a lost tensor, a bad --where, 8 bits, llama4, no package."""
-    def refusal(*more):
+    """No folder, no configuration, .bin alone, damaged, a lost tensor, a bad --where, 8 bits, llama4, no package."""
+    def refusal(*more, source=tmp_path):
         with pytest.raises((couple.UserError, OSError)) as stopped:
-            run_main("report", tmp_path, *more)
+            run_main("report", source, *more)
         return str(stopped.value)
 
+    monkeypatch.chdir(tmp_path.parent)
+    for missing in ("missing", "./missing", "one/or/two", f"{tmp_path.name}/missing", tmp_path / "missing"):
+        assert f"there is no folder {missing}," in refusal(source=missing)
     assert "Unrecognized model" in refusal()
     small_model("olmoe").save_pretrained(tmp_path)
     file, lost = tmp_path / "model.safetensors", "model.layers.0.mlp.gate.weight"
@@ -378,6 +375,7 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     assert "model.safetensors is damaged" in refusal()
     safetensors.save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
     assert "lacks layers.0.mlp.gate.weight" in refusal() and "--where [ is no regular" in refusal("--where", "[")
+    assert "OlmoeModel has no module with experts whose name matches nowhere" in refusal("--where", "nowhere")
     safetensors.save_file(state | {lost: state[lost].to(torch.float8_e4m3fn)}, file)
     assert f"{lost} is stored in 8 bits or less" in refusal()
     small_model("llama4").save_pretrained(tmp_path)

@@ -36,13 +36,13 @@ def test_the_verdict_is_the_one_in_results(family):
 
 
 def test_planted_errors_are_seen(monkeypatch):
-    """The up half, halves for pairs, the next expert, another R, a projection in between: each turns the check red."""
-    right, rows = couple.router_and_gates, "0 of 96 rows are an x W_g"
+    """The up half, halves for pairs, the next expert, another R, no gradient, a projection in between: all are seen."""
+    right, rows = couple.router_and_gates, "0 of 384 rows are an x W_g"
     assert families.problems(families.small_model("olmoe")) == [], "wrong even without a planted error"
     both = lambda layer: layer.experts.gate_up_proj.mT                                                  # (n, d, 2D)
     for planted, sentence in [
         (lambda name, layer: (layer.gate.weight, both(layer)[..., 16:]), rows),
-        (lambda name, layer: (layer.gate.weight, both(layer)[..., ::2]), "of 96 rows are an x W_g"),
+        (lambda name, layer: (layer.gate.weight, both(layer)[..., ::2]), "of 384 rows are an x W_g"),
         (lambda name, layer: (layer.gate.weight, both(layer).roll(1, 0)[..., :16]), "another order"),
         (lambda name, layer: (layer.gate.weight[:, :16].repeat(1, 2), both(layer)[..., :16]), "scores are not x R^T"),
         (lambda name, layer: (layer.gate.weight.detach(), both(layer)[..., :16]), "the gradient reaches"),

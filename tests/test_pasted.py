@@ -1,6 +1,5 @@
 """The loss pasted into other people's programs: the README's table, its question to a layer, its pitfalls."""
 
-import functools
 import re
 import types
 from pathlib import Path
@@ -36,7 +35,7 @@ def test_each_row_of_the_table_gives_the_gate_matrices():
     gate, up = W_g.mT, W_p.mT
     experts = [types.SimpleNamespace(gate_proj=types.SimpleNamespace(weight=W)) for W in gate]
     for start, stored in {
-        "router [d, n]": [R.T], "a list": [None], "[n, D, d]": [gate],
+        "router [d, n]": [R.T], "a list": [None], "[n, D, d]": [gate, W_g],
         "gate and up fused, [n, 2D, d]": [torch.cat((gate, up), dim=1), torch.stack((gate, up), dim=2).flatten(1, 2)],
         "gate and up fused, [n, d, 2D]": [torch.cat((W_g, W_p), dim=2), torch.stack((W_g, W_p), dim=3).flatten(2, 3)],
         "flat": [gate.reshape(n * D, d), W_g.reshape(n * d, D)],
@@ -47,30 +46,30 @@ def test_each_row_of_the_table_gives_the_gate_matrices():
 
 
 class Own(nn.Module):
-    """A layer of n experts of width D = d that keeps what its owner is told to keep, in lists of the dict `names`."""
+    """A layer of n experts of width D = d, which says its router logits and activations where OLMoE does."""
 
-    def __init__(self, names, scaled=False, capacity=99, shift=0.0):
+    def __init__(self, scaled=False, capacity=99, shift=0.0):
         super().__init__()
         torch.manual_seed(0)
         self.R, self.both = nn.Parameter(torch.randn(n, d)), nn.Parameter(torch.randn(n, d, 2 * d))  # gates, then ups
-        self.names, self.scaled, self.capacity, self.shift = names, scaled, capacity, shift
+        self.gate, self.experts = nn.Identity(), nn.ModuleDict(dict(act_fn=nn.Identity()))
+        self.scaled, self.capacity, self.shift = scaled, capacity, shift
 
     def forward(self, x):
         x = x.reshape(-1, d)
-        self.names["scores"].append(0.5 * x @ self.R.T + self.shift)
-        score, expert = self.names["scores"][0].topk(2)
+        score, expert = self.gate((0.5 * x @ self.R.T + self.shift,))[0].topk(2)
         for j in range(n):
             token, place = (expert == j).nonzero()[:self.capacity].T
             rows = x[token] * (score[token, place, None].sigmoid() if self.scaled else 1)
-            self.names["seen"].append(torch.cat((rows, rows.new_zeros(3, d))) @ self.both[j, :, :d])  # 3 empty places
+            self.experts.act_fn(torch.cat((rows, rows.new_zeros(3, d))) @ self.both[j, :, :d])  # 3 empty places
 
 
-def question(R=None, W_g=None, shape=(2, 20, d), dtype=torch.float32, **options):
-    """Runs the README's question to a layer. R and W_g: functions of its R [n, d], and of gates and ups [n, d, 2d]."""
-    names = dict(check_layer=check_layer, K=2, x=torch.randn(shape, generator=seeded(0)).to(dtype))
-    names["layer"] = layer = Own(names, **options).to(dtype)
-    names |= dict(R=R(layer.R) if R else layer.R, W_g=W_g(layer.both) if W_g else layer.both[..., :d])
+def question(R=lambda R: R, W_g=lambda both: both[..., :d], shape=(2, 20, d), dtype=torch.float32, **options):
+    """The README's question, its names. R and W_g: functions of a layer's R [n, d], and of gates and ups [n, d, 2d]."""
+    layer, x = Own(**options).to(dtype), torch.randn(shape, generator=seeded(0)).to(dtype)
+    names = dict(check_layer=check_layer, K=2, layer=layer, x=x, R=R(layer.R), W_g=W_g(layer.both))
     paste("needs a layer", names)
+    return names
 
 
 @pytest.mark.parametrize("case", [{}, dict(scaled=True), dict(capacity=4), dict(shift=3.0), dict(shape=(40, d)), dict(
@@ -83,20 +82,29 @@ def test_the_question_accepts_what_is_right(case):
 
 
 @pytest.mark.parametrize("said, wrong", [
-    ("rows", dict(W_g=lambda both: both[..., d:])),                                     # the up half
-    ("rows", dict(W_g=lambda both: both[..., ::2])),                                    # pairs instead of halves
+    ("rows", dict(W_g=lambda both: both[..., d:])), ("rows", dict(W_g=lambda both: both[..., ::2])),
     ("rows", dict(W_g=lambda both: both[..., :d].mT)),                                  # no transpose, where D = d
     ("rows", dict(W_g=lambda both: both[..., :d].reshape(d, n, d).transpose(0, 1))),    # a wrong view of flat weights
     ("rows", dict(W_g=lambda both: torch.cat((both[:1, :, d:], both[1:, :, :d])))),     # one of n is wrong
     ("order", dict(W_g=lambda both: both[[1, 0, 2, 3], :, :d])),                        # two are swapped
-    ("scores", dict(R=lambda R: R.flip(0))),
+    ("scores", dict(R=lambda R: R.flip(0))), ("scores", dict(R=lambda R: 0 * R)),
     ("scores", dict(R=lambda R: R * torch.tensor([[1.0], [2.0], [0.5], [1.0]]))),       # what a cosine router does
-    ("scores", dict(R=lambda R: 0 * R)),
-], ids=["up", "pairs", "transpose", "view", "one", "swapped", "reversed", "cosine", "zero"])
+], ids="up-half pairs-for-halves transpose view one swapped reversed zero cosine".split())
 def test_the_question_rejects_what_is_wrong(said, wrong):
     """Other matrices, layouts and orders, another R or none: it says which of its three questions got a no."""
     with pytest.raises(AssertionError, match=said):
         question(**wrong)
+
+
+def test_the_question_needs_a_token_for_each_expert_and_the_lists_of_one_run():
+    """Few tokens, nothing recorded, gate and up together, two runs, another K are told apart; tensors will do."""
+    R, W_g, x, scores, seen = map(question().get, ("R", "W_g", "x", "scores", "seen"))
+    check_layer(R, W_g, x, scores[0], torch.cat(seen), 2)
+    for said, *records in [("wide", [], seen, 2), ("wide", scores, [rows.repeat(1, 2) for rows in seen], 2),
+                           ("80 .* for 40", 2 * scores, seen, 2), ("each sees one", scores, seen[1:], 2),
+                           *(("K is wrong .2", scores, seen, K) for K in (1, 3, 99))]:
+        with pytest.raises(AssertionError, match=said):
+            check_layer(R, W_g, x, *records)
 
 
 def gradients(loss):
@@ -108,7 +116,7 @@ def gradients(loss):
 def test_checkpointing_around_the_loss_draws_other_noise_in_the_backward_pass():
     """A pitfall: with a generator, the gradient of R is off by more than half."""
     right = gradients(erc_moe.erc_loss)
-    again = gradients(functools.partial(checkpoint, erc_moe.erc_loss, use_reentrant=False))
+    again = gradients(lambda *inputs: checkpoint(erc_moe.erc_loss, *inputs, use_reentrant=False))
     off = (again[0] - right[0]).norm() / right[0].norm()
     assert off > 0.5, f"off by {off:.0%} only: the README says about 80%"
 
@@ -124,15 +132,9 @@ def test_a_router_of_zeros_looks_coupled():
 @pytest.mark.slow
 def test_compiled_it_has_the_same_gradient():
     """torch.compile of the loss: with a generator; with fullgraph=True without one; the two together are refused."""
-    right = gradients(erc_moe.erc_loss)
-    for one, other in zip(gradients(torch.compile(erc_moe.erc_loss)), right):
-        assert torch.allclose(one, other, rtol=1e-10), f"off by {(one - other).abs().max():.1e}"
-    whole = torch.compile(erc_moe.erc_loss, fullgraph=True, options={"fallback_random": True})
+    loss, whole = erc_moe.erc_loss, torch.compile(erc_moe.erc_loss, fullgraph=True, options={"fallback_random": True})
     with pytest.raises(Exception, match="(?i)generator"):
         gradients(whole)
-    found = []
-    for function in (erc_moe.erc_loss, whole):
-        torch.manual_seed(0)
-        found.append(gradients(lambda R, W_g, alpha, _, function=function: function(R, W_g, alpha)))
-    for one, other in zip(*found):
+    drawn = lambda f: torch.manual_seed(0) and gradients(lambda R, W_g, alpha, _: f(R, W_g, alpha))
+    for one, other in (*zip(gradients(torch.compile(loss)), gradients(loss)), *zip(drawn(whole), drawn(loss))):
         assert torch.allclose(one, other, rtol=1e-10), f"off by {(one - other).abs().max():.1e}"
