@@ -19,11 +19,11 @@ ROOT = Path(bench.__file__).parents[1]
 @pytest.fixture(scope="module", params=[[], pytest.param(["--compile"], marks=pytest.mark.slow)])
 def results(request, tmp_path_factory):
     """What `bench.py --quick --rounds 2` wrote, section by section; in the long half with our model compiled, too."""
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert bench.main(["--quick", "--rounds", "2", *request.param]) == 0
-    (path,) = folder.glob("out/bench-quick/bench-*.json")
+    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert bench.main(["--quick", "--rounds", "2", "--out", str(folder), *request.param]) == 0
+    torch.set_num_threads(threads)
+    (path,) = folder.glob("bench-*.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -66,11 +66,10 @@ def test_the_tables_come_from_the_files(results):
         assert part in shown and "bench.py --quick --rounds 2" in shown, shown
 
 
-def test_it_ends_in_time_and_holds_three_models_at_most(tmp_path, monkeypatch):
+def test_it_ends_in_time_and_holds_three_models_at_most(elsewhere, monkeypatch):
     """No round begins after --seconds, but two there are always. A GPU needs memory for three models, and for one while
     the price of the loss is measured.
     """
-    monkeypatch.chdir(tmp_path)
     alive, interleave = [], bench.Setup.interleave
     monkeypatch.setattr(bench.Setup, "interleave", lambda *given: alive.append(
         sum(issubclass(type(held), bench.Ours) for held in gc.get_objects())) or interleave(*given))
