@@ -54,7 +54,7 @@ def child(folder, main, argv, kill_at=None, limit=None, slow=0.0, closed=False):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["train.py", *argv]
     torch.set_num_threads(1)
-    events, calls, largest = [], [], train.Run.largest
+    events, calls, any_signal = [], [], train.Run.any_signal
 
     def watch(event, arguments):
         if event == "step" or event in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith("out/"):
@@ -66,9 +66,9 @@ def child(folder, main, argv, kill_at=None, limit=None, slow=0.0, closed=False):
         calls.append(1)
         watch("step", ())
         time.sleep(slow if len(calls) > 1 else 0)
-        return largest(*given, **named)
+        return any_signal(*given, **named)
 
-    train.Run.largest = slowly  # called once in each step
+    train.Run.any_signal = slowly  # called once in each step
     sys.addaudithook(watch)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -270,8 +270,8 @@ def test_a_closed_terminal_saves_and_leaves_and_nohup_does_not(data, attempt):
         shutil.rmtree("out", ignore_errors=True)
         master, terminal = os.openpty()
         command = [*["nohup"] * nohup, sys.executable, "-c", "import sys, time; sys.path[:0] = sys.argv[1:2]\n"
-                   "import prepare_data, train\nstep = train.Run.largest\n"
-                   "train.Run.largest = lambda *given: time.sleep(0.05) or step(*given)\n"
+                   "import prepare_data, train\nstep = train.Run.any_signal\n"
+                   "train.Run.any_signal = lambda *given: time.sleep(0.05) or step(*given)\n"
                    "sys.argv[:2] = ['train.py']\nsys.exit(prepare_data.run_program(train.main))", str(ROOT),
                    *argv(data, save_every=0, eval_every=0, steps=60)]
         process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
@@ -450,9 +450,9 @@ def test_a_setting_that_an_old_checkpoint_lacks_has_its_default(data):
         options = train.make_parser([]).parse_args(["--out=out", "--resume", "--steps=9", f"--z-weight={value}"])
         if expected is None:
             with pytest.raises(ValueError, match="--z-weight is 1.0 here, but 0.0 in the run"):
-                train.settings(options)
+                train.configs_of(options)
         else:
-            assert train.settings(options)[0].z_weight == expected
+            assert train.configs_of(options)[0].z_weight == expected
 
 
 def test_resume_refuses_other_data_and_another_number_of_processes(data, stopped):

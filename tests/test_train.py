@@ -199,24 +199,13 @@ def test_average_is_over_all_processes_gradients_included(data, monkeypatch):
     assert means.tolist() == [1.5] * 3 and (load == 3).all(), (means, load)
 
 
-EOT = 60_000
-
-
-@pytest.mark.parametrize("longest", [None, 8, 9])
-def test_every_window_is_drawn_and_begins_with_an_end_of_text_where_all_documents_fit(longest):
-    """By a loop over all offsets of two shards, of which each is a ring: T = 8, and documents of at most 8 tokens."""
-    T, draws, expected, found = 8, 3000, set(), set()
-    shards = [[1000 * s + p for p in range(length)] for s, length in enumerate((60, 31))]
-    for s, places in enumerate(((3, 7, 15, 21, 29, 37, 41, 49, 52, 59), (0, 8, 15, 22, 30))):
-        for p in places:
-            shards[s][p] = EOT
-    for shard in shards:
-        for offset in range(len(shard)):
-            ahead = (offset + i for i in range(T))
-            start = next(p for p in ahead if shard[p % len(shard)] == EOT) if longest == 8 else offset
-            expected.add(tuple(shard[(start + i) % len(shard)] for i in range(T + 1)))
-    data = TokenData("own", EOT + 1, EOT, [memoryview(array("H", shard)) for shard in shards], [],
-                     {"longest_document": longest} if longest else {}, "")
+def test_every_window_of_every_shard_is_drawn_and_its_end_goes_on_with_its_beginning():
+    """By a loop over all offsets of two shards, T = 8."""
+    T, draws, lengths = 8, 3000, (60, 31)
+    shards = [[1000 * s + p for p in range(length)] for s, length in enumerate(lengths)]
+    expected = {tuple(shard[(start + i) % len(shard)] for i in range(T + 1))
+                for shard in shards for start in range(len(shard))}
+    data = TokenData("own", 2000, 1999, [memoryview(array("H", shard)) for shard in shards], [], {}, "")
     inputs, targets = train.train_batch(data, T, draws, torch.Generator().manual_seed(0))
     assert inputs.shape == targets.shape == (draws, T) and inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1]), "targets are the inputs, one further"
@@ -224,16 +213,18 @@ def test_every_window_is_drawn_and_begins_with_an_end_of_text_where_all_document
     assert found == expected, f"{len(expected - found)} missing, unexpected: {sorted(found - expected)[:3]}"
 
 
-@pytest.mark.parametrize("length", [60, 200, 255, 256, 257, 300, 400, 1000, 6000])
+@pytest.mark.parametrize("length", [60, 130, 200, 255, 256, 257, 300, 400, 1000, 6000, (20, 20, 20, 256)])
 def test_end_of_text_and_the_last_letter_are_targets_as_often_as_they_stand_in_the_text(length):
-    """T = 256, documents of `length` tokens: between 0.7 and 1.4 times, in 4,000 windows."""
-    document = "a" * (length - 2) + "z"
-    Path("text.txt").write_text(f"\n{SEPARATOR}\n".join([document] * max(20, 40_000 // length)))
+    """T = 256, documents of `length` tokens, or of several lengths, the last of which is looked at: between 0.7 and 1.4
+    times, in 4,000 windows."""
+    *others, length = length if isinstance(length, tuple) else (length,)
+    documents = ["b" * (other - 1) for other in others] + ["a" * (length - 2) + "z"]
+    Path("text.txt").write_text(f"\n{SEPARATOR}\n".join(documents * max(20, 40_000 // length)))
     prepare_data.main("text.txt --out data --tokenizer bytes".split())
     text = load_data("data")
     targets = train.train_batch(text, 256, 4000, torch.Generator().manual_seed(0))[1]
-    for name, token in (("end-of-text", text.eot), ("the last letter", ord("z"))):
-        ratio = (targets == token).double().mean().item() * length
+    for name, token, each in (("end-of-text", text.eot, len(documents)), ("the last letter", ord("z"), 1)):
+        ratio = (targets == token).double().mean().item() * (length + sum(others)) / each
         assert 0.7 <= ratio <= 1.4, f"{name} is a target {ratio:.2f} times as often as it stands in the text"
 
 
