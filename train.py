@@ -181,7 +181,7 @@ def validation_batches(data, T, batch_size):
 def responses(moe, x):
     """How strongly each expert responds to each token: ||x W_g[j]||.  x [N, d] -> [N, n]."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)  # (N, n)
+        return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)
 
 
 def watched(model, inputs, targets):

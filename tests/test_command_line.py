@@ -164,5 +164,5 @@ def test_too_little_memory_is_one_line_with_a_way_out(data, monkeypatch):
     with pytest.raises(RuntimeError, match="too little"):
         train.main(flags(data))
     error = torch.OutOfMemoryError
-    with pytest.raises(UserError, match="lower --batch-size, and raise --accumulate"):
+    with pytest.raises(UserError, match="lower --batch-size, and a higher --accumulate"):
         train.main(flags(data))
