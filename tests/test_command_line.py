@@ -55,7 +55,7 @@ def test_every_setting_is_a_flag_of_its_type(settings_of):
 def test_presets_fill_defaults_and_explicit_flags_win(settings_of, preset):
     """data, out and the preset's settings, unless a flag says otherwise."""
     values = dict(train.PRESETS[preset], data=f"data/{preset}", out=f"out/{preset}")
-    assert f"--steps int optimizer steps (default: {values.get('steps', 1000)})" in " ".join(
+    assert f"--steps int optimizer steps (default: {values.get('steps', 1300)})" in " ".join(
         train.make_parser(["--preset", preset]).format_help().split()), "--help shows the preset's defaults"
     assert settings_of("--preset", preset).items() >= values.items()
     told = dict(values, lr=0.5, n_experts=16, out="here", qk_norm=False)

@@ -239,14 +239,15 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_is_whole(data, attempt):
 
 
 def test_resumed_equals_uninterrupted(data, straight):
-    """Stopped by an exception in step 8, the line of step 7 half written: resumed from step 4, weights, optimizer and
-    log are those of a run never stopped."""
+    """Stopped by an exception in step 11, of the line of step 10 only a 1 on the disk: resumed from step 8, weights,
+    optimizer and log are those of a run never stopped."""
     with pytest.raises(ZeroDivisionError):
-        run_here(data, extra_loss=stop_in(8, lambda: 1 / 0))
-    assert [row["step"] for row in log()] == [*"1234567"] and checkpoint()["step"] == 4
-    os.truncate("out/log.csv", Path("out/log.csv").stat().st_size - 9)
+        run_here(data, extra_loss=stop_in(11, lambda: 1 / 0))
+    *lines, last = Path("out/log.csv").read_text().splitlines(keepends=True)
+    assert last.startswith("10,") and checkpoint()["step"] == 8, (last, checkpoint()["step"])
+    Path("out/log.csv").write_text("".join(lines) + last[:1])
     run_here(data, extra_loss=nothing, state=checkpoint())
-    assert_same_end(straight, "stopped in step 8")
+    assert_same_end(straight, "stopped in step 11")
 
 
 def test_intervals_change_nothing(data, straight):
@@ -475,9 +476,21 @@ def test_variables_that_torchrun_did_not_set_are_no_torchrun(data, monkeypatch):
     assert len(log()) == 12
 
 
+class Leaving(io.StringIO):
+    """A stdout whose reader leaves after five lines."""
+
+    def write(self, text):
+        if self.getvalue().count("\n") >= 5:
+            raise BrokenPipeError
+        return super().write(text)
+
+
 def test_closed_stdout_and_stderr_are_no_reason_to_stop(data, attempt, monkeypatch):
-    """python train.py >&- 2>&-, and a sys.stderr of None inside a program: trained and saved all the same."""
+    """python train.py >&- 2>&-, a `| tee` that dies, and a sys.stderr of None: trained and saved all the same."""
     assert attempt(argv(data), closed=True).code == 0 and checkpoint()["step"] == 12
+    monkeypatch.setattr(sys, "stdout", Leaving())
+    run_here(data, out="left")
+    assert checkpoint("left")["step"] == 12 and len(log("left")) == 12
     monkeypatch.setattr(sys, "stderr", None)
     monkeypatch.setattr(sys, "stdout", None)
     run_here(data, out="none")

@@ -107,37 +107,25 @@ def test_switching_erc_off_changes_no_batch_and_nothing_before_the_first_update(
     assert float(rows[0][0]["erc"]) == pytest.approx(expected, rel=1e-6), f"erc {rows[0][0]['erc']}, not {expected}"
 
 
-def test_erc_once_per_step_is_the_mean_of_erc_in_every_micro_batch(data):
-    """4 micro-batches, under the same noise: what ERC adds is its gradient, once, and to router and gate alone."""
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_erc_once_per_step_is_the_mean_of_erc_in_every_micro_batch(data, dtype):
+    """4 micro-batches under the same noise: ERC adds its float32 gradient, once, to router and gates alone, before the
+    clipping, and a float16 scaler of 65,536 does not scale it."""
     seen = []
     for weight in (0.0, 2.0):
         trained(data, lambda model: seen.append(gradients(model)) or nothing(model), steps=1, accumulate=4,
-                erc_weight=weight)
+                erc_weight=weight, dtype=dtype)
+    assert checkpoint()["scaler"].get("scale", 65536) == 65536, checkpoint()["scaler"]
+    assert 0.1 < float(log()[0]["grad_norm"]) < 10, f"the norm is that of scaled gradients: {log()[0]['grad_norm']}"
     model = new_run(data).model
     for _ in range(4):
         (2.0 * model.erc_loss(1.0, keyed_generator("cpu", 0, 1, "erc")) / 4).backward()
     exact = gradients(model)
     assert {name.split(".")[-1] for name in exact} == {"R", "W_g"} and len(exact) == 4, f"reached: {sorted(exact)}"
-    added = {name: seen[1][name] - seen[0][name] for name in seen[0]}
-    for name, gradient in added.items():
-        off = (gradient - exact.get(name, 0)).abs().max()
+    for name in seen[0]:
+        off = (seen[1][name] - seen[0][name] - exact.get(name, 0)).abs().max()
         assert off < 1e-6, f"{name}: what ERC adds is off by {off:.1e}"
     assert min(g.abs().max() for g in exact.values()) > 1e-4, "gradients are too small to see here"
-
-
-def test_the_fp16_scaler_does_not_scale_the_erc_gradient(data):
-    """Two micro-batches, a loss scale of 65,536: ERC adds its float32 gradient, once, before the clipping."""
-    seen = []
-    for weight in (0.0, 1.0):
-        trained(data, lambda model: seen.append(gradients(model)) or nothing(model), dtype="fp16", steps=1,
-                accumulate=2, erc_weight=weight)
-    assert checkpoint()["scaler"]["scale"] == 65536, checkpoint()["scaler"]
-    exact = new_run(data)
-    exact.model.erc_loss(1.0, keyed_generator("cpu", 0, 1, "erc")).backward()
-    for name, gradient in gradients(exact.model).items():
-        added = seen[1][name] - seen[0][name]
-        assert torch.allclose(added, gradient, atol=1e-6), f"{name}: off by {(added - gradient).abs().max():.1e}"
-    assert gradient.abs().max() > 1e-4, f"an ERC gradient of {gradient.abs().max():.1e} is too small to see here"
 
 
 def test_accumulation_is_the_mean_over_the_micro_batches(data):
@@ -302,7 +290,8 @@ def test_every_validation_document_is_evaluated_whole_where_there_is_a_floor(dat
 def test_evaluation_by_hand(data):
     """val_ce is one F.cross_entropy over all that counts; agreement a loop over its tokens; response_ce comes from a
     model in which the last layer's router is replaced, token by token."""
-    run = new_run(data, context_length=96, batch_size=3, z_weight=9.0, balance_weight=9.0, d_model=32, init_std=0.3)
+    run = new_run(data, context_length=96, batch_size=3, z_weight=9.0, balance_weight=9.0, d_model=32, init_std=0.3,
+                  seed=3)
     batches = train.validation_batches(whole_documents(data)[0], 96, 3)  # some of whose targets are padding
     found = train.evaluate(run.model, batches, run.device, run.autocast)
     logits, forced, targets, agreed, inside = [], [], [], [], []
@@ -337,7 +326,8 @@ def test_evaluation_by_hand(data):
     ce = [F.cross_entropy(torch.cat(rows).double(), torch.cat(targets)).item() for rows in (logits, forced)]
     expected = dict(val_ce=ce[0], response_ce=ce[1], agreement=sum(agreed) / len(agreed))
     assert found == pytest.approx(expected, rel=1e-5), f"{found}, by hand {expected}"
-    assert abs(ce[0] - ce[1]) > 1e-3 and 0 < expected["agreement"] < 1, f"this test shows nothing: {expected}"
+    of_last = agreed[-len(targets[-1]):]
+    assert abs(ce[0] - ce[1]) > 1e-3 and 0 < sum(of_last) < len(of_last), f"this test shows nothing: {expected}"
 
 
 DOCUMENTED = ("step,tokens,ce,val_ce,response_ce,balance,z,erc,epsilon,violated,coupling,agreement,max_load,dead,lr,"
