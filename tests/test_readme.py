@@ -4,6 +4,8 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import bench
@@ -45,6 +47,13 @@ def test_the_snippets_print_what_is_shown():
         elif block["kind"] == "text" and not (block["note"] or "").startswith("output"):
             shown += block["text"]
     assert printed == shown, f"printed:\n{printed}\nshown:\n{shown}"
+
+
+def test_the_first_program_is_quiet_where_its_reader_leaves():
+    """python erc_moe.py | head -1, also unbuffered: one line, and no traceback."""
+    command = 'set -o pipefail; "$0" -u "$1" | head -1'
+    done = subprocess.run(["bash", "-c", command, sys.executable, ROOT / "erc_moe.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("step  0: loss"), done
 
 
 def test_the_printed_loss_is_erc_loss_to_the_last_digit():
