@@ -1,4 +1,4 @@
-"""The embedded corpus knows its own entropy: its probabilities, its difficulty and its answers are checked here.
+"""The embedded corpus knows its own entropy: its probabilities and its answers are checked here.
 
 `derivations` is a second reading of the grammar: it walks a given text instead of drawing one, tries every alternative
 in every slot, multiplies exact fractions and leaves sums to Python. It shares nothing with prepare_data but the table.
@@ -21,11 +21,6 @@ HELD_OUT = 320  # the last documents of the stream, about 60 kB
 @pytest.fixture(scope="module")
 def documents():
     return list(demo_documents())
-
-
-def floor(documents):
-    """Nats per byte token, the end of every text counted as one token."""
-    return -sum(log_prob for _, _, log_prob, _ in documents) / sum(len(text) + 1 for _, text, _, _ in documents)
 
 
 def derivations(template, text, start, memory, used):
@@ -65,14 +60,17 @@ def fillings(source, text, start, memory, used):
 
 
 def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tmp_path, monkeypatch):
-    """The shards are byte for byte the published ones; the floor is that of what the validation shard holds."""
+    """The shards are byte for byte the published ones. The floor is that of what the validation shard holds, in which
+    each document is ASCII and fits 256 tokens.
+    """
     monkeypatch.setattr(prepare_data, "demo_documents", lambda: documents)  # drawn once is enough
     main(["demo", "--out", str(tmp_path)])
     data, held_out = load_data(tmp_path), documents[-HELD_OUT:]
     sums = [shard["sha256"][:16] for shard in data.meta["shards"]]
     assert sums == ["7b769ffcf2fece2e", "8338e20abc6dbe18"], f"every floor published with the corpus changes: {sums}"
-    assert bytes(i % 256 for i in data.val[0]) == "".join(text + "\0" for _, text, _, _ in held_out).encode()
-    assert abs(data.meta["entropy_floor"] - floor(held_out)) < 1e-9, data.meta["entropy_floor"]
+    assert bytes(i % 256 for i in data.val[0]) == "".join(text + "\0" for _, text, _, _ in held_out).encode("ascii")
+    floor = -sum(log_prob for _, _, log_prob, _ in held_out) / len(data.val[0])  # nats per token, a text's end is one
+    assert abs(data.meta["entropy_floor"] - floor) < 1e-9, (data.meta["entropy_floor"], floor)
     longest = max(len(text) + 1 for _, text, _, _ in documents)
     assert data.meta["longest_document"] == longest < 256, (data.meta["longest_document"], longest)
 
@@ -84,8 +82,7 @@ def test_every_text_has_one_derivation_with_its_probability_and_copies(documents
     for kind, text, log_prob, copies in documents[-HELD_OUT:]:
         found = [(k, *way) for k in KINDS for way in derivations(GRAMMAR[k][0], text, 0, {}, set())]
         assert [(k, end) for k, end, *_ in found] == [(kind, len(text))], f"{len(found)} derivations: {found}\n{text}"
-        p = found[0][2] / len(KINDS)
-        replayed = math.log(p.numerator) - math.log(p.denominator)
+        replayed = math.log(found[0][2] / len(KINDS))
         assert math.isclose(log_prob, replayed, abs_tol=1e-9), f"{log_prob} drawn, {replayed} replayed:\n{text}"
         assert copies == found[0][3], f"{[text[first:end] for first, end in copies]}, replayed {found[0][3]}:\n{text}"
 
@@ -97,17 +94,9 @@ def test_no_document_is_the_beginning_of_another(documents):
     assert not alike, f"{len(alike)} of {len(texts)} texts begin another one: {alike[:1]}"
 
 
-def test_documents_fit_the_context_and_held_out_ones_are_no_easier(documents):
-    """End-of-text and a document fit 256 tokens, in printable ASCII; the floor is about 0.22 nats in both splits."""
-    strange = [text for _, text, _, _ in documents if len(text) >= 250 or not re.fullmatch(r"\S[ -~\n]+\S", text)]
-    assert not strange, f"{len(strange)} documents, the first is {strange[0]!r}"
-    train, held_out = floor(documents[:-HELD_OUT]), floor(documents[-HELD_OUT:])
-    assert 0.20 < train < 0.25 and abs(held_out / train - 1) < 0.02, f"{train:.4f} in training, {held_out:.4f} held out"
-
-
 def test_programs_print_what_they_say(documents):
     """Python itself, running a hundred of the sessions, answers as written."""
     for text in [text for kind, text, _, _ in documents if kind == "program"][:100]:
-        report, session = [], doctest.DocTestParser().get_doctest(text + "\n", {}, "session", None, 0)
-        result = doctest.DocTestRunner(verbose=False).run(session, out=report.append)
-        assert result.attempted >= 5 and result.failed == 0, f"{result}\n{text}\n{''.join(report)}"
+        session = doctest.DocTestParser().get_doctest(text + "\n", {}, "session", None, 0)
+        result = doctest.DocTestRunner(verbose=False).run(session)
+        assert result.attempted >= 5 and result.failed == 0, f"{result}\n{text}"

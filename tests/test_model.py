@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from erc_moe import MoE, MoEConfig, MoETransformer, balance_loss
+from erc_moe import MoE, MoEConfig, MoETransformer
 
 
 def small(**changes):
@@ -96,19 +96,7 @@ def test_one_expert_is_a_dense_swiglu():
     gate, up = (x @ torch.cat((moe.W_g, moe.W_p), dim=-1)[0]).chunk(2, dim=-1)         # in one product, as there
     dense = (F.silu(gate) * up) @ moe.W_o[0]
     y, stats = moe(x)
-    assert torch.equal(y, dense), f"differs from the dense layer by {gap(y, dense):.1e}"
-    assert stats.balance == 1 and stats.load.tolist() == [33], f"balance {stats.balance}, load {stats.load.tolist()}"
-
-
-@pytest.mark.parametrize("K", [1, 2, 6])
-def test_the_balance_loss_is_one_when_balanced_whatever_K_and_the_scale_of_the_scores(K):
-    """As of a sigmoid router: equal scores or equal loads are 1.0, and a common factor changes nothing."""
-    scores, load = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)), K * torch.tensor([9, 1, 5, 5, 20, 10])
-    P = scores.double().sum(dim=0) / scores.double().sum()
-    wanted = 6 * sum(f * p for f, p in zip(load.tolist(), P.tolist())) / (50 * K)
-    found = [balance_loss(given, load).item() for given in (scores, scores / 7, torch.full((50, 6), 0.7))]
-    found.append(balance_loss(scores, K * torch.full((6,), 25)).item())
-    assert found == pytest.approx([wanted, wanted, 1, 1]), f"{found}, by hand {wanted}, {wanted}, 1, 1"
+    assert torch.equal(y, dense) and stats.balance == 1, f"off by {gap(y, dense):.1e}, balance {stats.balance}"
 
 
 def test_the_model_reports_the_mean_over_layers_and_every_row():
@@ -184,31 +172,18 @@ def test_bfloat16_does_not_change_who_is_chosen():
     """Routing stays in float32, where bf16 logits would tie: under autocast, and in a layer of bfloat16 weights."""
     torch.manual_seed(0)
     moe, x = MoE(small(d_model=64, d_expert=64, n_experts=32)), torch.randn(4, 512, 64)
-    y, stats = moe(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y_low, stats_low = moe(x)
-        routed_low = moe.route(x.flatten(0, 1))
-    for name, a, b in zip(("logits", "probs", "weights", "experts"), moe.route(x.flatten(0, 1)), routed_low):
-        assert torch.equal(a, b), f"{name} of routing: {(a != b).float().mean():.2%} of entries differ under autocast"
-    assert stats_low.load.tolist() == stats.load.tolist(), "experts got other rows under autocast"
-    error = ((y_low - y).norm() / y.norm()).item()
-    assert 1e-4 < error < 0.01, f"output is off by {error:.2%}: below 1e-4, the experts were not in bfloat16"
-    y_half, stats_half = moe.bfloat16()(x.bfloat16())
-    y, stats = moe.float()(x.bfloat16().float())
-    error = ((y_half - y).norm() / y.norm()).item()
-    assert y_half.dtype == torch.bfloat16 and stats_half.load.tolist() == stats.load.tolist() and error < 0.01, error
-
-
-def test_no_shape_and_no_decision_waits_for_a_value():
-    """Forward and backward run on tensors without content, where reading a value is an error: a GPU never waits."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-        model, tokens = model_and_tokens()
-        out = model(tokens, tokens)
-        (out.ce + out.balance + out.z).backward()
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert out.load.shape == (2, 6) and not missing, f"load {list(out.load.shape)}, without gradient: {missing}"
+    half = copy.deepcopy(moe).bfloat16()
+    rounded = copy.deepcopy(half).float()
+    for name, ours, exact, given in (("autocast", moe, moe, x), ("bf16", half, rounded, x.bfloat16())):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            y, stats = ours(given)
+            routed = ours.route(given.flatten(0, 1))
+        y_exact, stats_exact = exact(given.float())
+        for low, wanted in zip(routed, exact.route(given.float().flatten(0, 1))):
+            assert torch.equal(low, wanted), f"{name}: {(low != wanted).float().mean():.2%} of the routing differs"
+        assert stats.load.tolist() == stats_exact.load.tolist(), f"{name}: experts got other rows"
+        error = ((y - y_exact).norm() / y_exact.norm()).item()
+        assert 1e-4 < error < 0.01, f"{name}: output is off by {error:.2%}; below 0.01 % it was not in bfloat16"
 
 
 def test_greedy_sampling_is_the_argmax_step_by_step():
@@ -255,9 +230,8 @@ def test_sampling_stops_when_every_row_has_drawn_stop():
     (dict(top_k=7), "top_k must be at most n_experts 6, got 7"),
     (dict(top_k=1, renormalize=True), "renormalize with top_k 1"),
     *((dict([change]), f"{change[0]} must be at least") for change in (
-        ("vocab_size", 0), ("context_length", 0), ("n_layers", 0), ("n_heads", 0), ("n_heads", -2), ("d_model", 0),
-        ("d_expert", 0), ("n_experts", 0), ("top_k", 0), ("rope_theta", 0.0), ("norm_eps", -1.0), ("init_std", -1.0),
-        ("init_std", float("nan")), ("rope_theta", float("inf")))),
+        *((name, 0) for name in "vocab_size context_length n_layers n_heads d_model d_expert n_experts top_k".split()),
+        ("rope_theta", 0.0), ("norm_eps", -1.0), ("init_std", float("nan")), ("rope_theta", float("inf")))),
 ], ids=str)
 def test_shapes_that_cannot_work_are_refused_with_the_numbers(changes, message):
     """At construction, not in the middle of a product: one line with the name and the value of what is wrong."""

@@ -1,6 +1,5 @@
 """The shapes in comments are true: each file runs with another size for every letter, and is watched line by line."""
 
-import ast
 import inspect
 import re
 import sys
@@ -13,18 +12,14 @@ import train
 
 
 def shape_comments(module):
-    """{line number: (assigned names, [] for a return; claimed shapes; whether each tensor has the first)} for each
-    statement that ends in a comment like # (N, K), -, (N, K) or # (n, n, D) -> (n, n) or # (B, T, d) each."""
-    source, claims = inspect.getsource(module), {}
-    for node in ast.walk(ast.parse(source)):
-        line = source.splitlines()[getattr(node, "end_lineno", 1) - 1]
-        comment = line[line.rindex("# ") + 2:] if "  # " in line else ""
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.Return)) and comment.startswith("("):
-            comment = re.sub(r"\([^()]*\) (->|\+) ", "", comment)  # of (n, n, D) -> (n, n), the last one counts
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [name.id for name in ast.walk(ast.Module(targets, [])) if isinstance(name, ast.Name)]
-            shapes = re.findall(r"\([^()]*\)|-(?=,)", comment)
-            claims[node.end_lineno] = names if targets[0] else [], shapes, ") each" in comment
+    """{line number: (assigned names, [] for a return; claimed shapes; whether each tensor has the first)} for each line
+    that ends in a comment like # (N, K), -, (N, K) or # (B, T, d) each."""
+    claims = {}
+    for number, line in enumerate(inspect.getsource(module).splitlines(), start=1):
+        if found := re.match(r"\s+(return|[\w*, ]+ [+|]?=) .*  # (\(.*)", line):
+            names = re.findall(r"\w+", found[1].removeprefix("return"))
+            claims[number] = names, re.findall(r"\([^()]*\)|-(?=,)", found[2]), ") each" in found[2]
+    assert len(claims) > 10, f"this test is blind: {len(claims)} comments"
     return claims
 
 
@@ -38,8 +33,9 @@ def false_comments(module, size, work):
         if line in claims and event in ("line", "return"):
             names, shapes, each = claims[line]
             values = [frame.f_locals[name] for name in names] if names else tree_leaves(result)
-            values = tree_leaves(values) if each else values
-            shapes = shapes * len(values) if each else shapes
+            if each:
+                values = tree_leaves(values)
+                shapes = shapes * len(values)
             wanted = [eval(shape, dict(size)) if shape != "-" else None for shape in shapes]
             found = [tuple(value.shape) if shape else None for value, shape in zip(values, wanted)]
             never.discard(line)
@@ -50,15 +46,13 @@ def false_comments(module, size, work):
 
     def trace(frame, event, result):
         inside = frame.f_code.co_filename == module.__file__ and not frame.f_code.co_name.startswith("<")
-        return check(frame, event, result) if inside else None
+        return check if inside else None
 
-    before = sys.gettrace()
     sys.settrace(trace)
     try:
         work()
     finally:
-        sys.settrace(before)
-    assert len(claims) > 10, f"this test is blind: {len(claims)} comments"
+        sys.settrace(None)
     return sorted(wrong) + [f"line {line} never ran" for line in sorted(never)]
 
 
@@ -72,8 +66,7 @@ def test_every_shape_comment_of_erc_moe_is_true():
     def work():
         model = erc_moe.MoETransformer(config)
         moe = model.moe_layers()[0]
-        made.append(model(tokens, tokens))
-        made.append(moe(torch.randn(size["B"], size["T"], size["d"]))[1])
+        made.extend((model(tokens, tokens), moe(torch.randn(size["B"], size["T"], size["d"]))[1]))
         model.erc_loss()
         M = erc_moe.activation_norms(moe.R, moe.W_g)
         erc_moe.coupling_report(M)
