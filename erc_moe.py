@@ -439,4 +439,4 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print("\n".join(shown))
+    print("\n".join([*shown, ""]), end="")  # in one piece: `| head` may have left before a second one
