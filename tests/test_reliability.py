@@ -117,17 +117,11 @@ def one_line(ended):
     return ended.error
 
 
-def stop_in(step, what):
-    """An extra loss of 0 that calls a function in the given step."""
-    calls = []
-
-    def loss(model):
-        calls.append(1)
-        if len(calls) == step:
-            what()
-        return nothing(model)
-
-    return loss
+def interrupted(data, step):
+    """A run in "out" that an exception ends in this step."""
+    steps = iter(range(1, step))
+    with pytest.raises(StopIteration):
+        run_here(data, extra_loss=lambda model: nothing(model) * next(steps))
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -192,8 +186,7 @@ def test_a_killed_preparation_run_again_gives_the_same_shards(data, attempt, fla
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_is_whole(data, attempt):
     """It fills up inside a checkpoint: exit 1, no half file, and the one before loads."""
-    with pytest.raises(ZeroDivisionError):
-        run_here(data, extra_loss=stop_in(6, lambda: 1 / 0))
+    interrupted(data, 6)
     before = Path("out/ckpt.pt").read_bytes()
     for limit in (8192, len(before) - 1):
         assert "cannot save out/ckpt.pt" in one_line(attempt(argv(data, "--resume"), limit=limit))
@@ -204,8 +197,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_is_whole(data, attempt):
 def test_resumed_equals_uninterrupted(data, straight):
     """Stopped by an exception in step 11, of the line of step 10 only a 1 on the disk: resumed from step 8, weights,
     optimizer and log are those of a run never stopped."""
-    with pytest.raises(ZeroDivisionError):
-        run_here(data, extra_loss=stop_in(11, lambda: 1 / 0))
+    interrupted(data, 11)
     *lines, last = Path("out/log.csv").read_text().splitlines(keepends=True)
     assert last.startswith("10,") and checkpoint()["step"] == 8, (last, checkpoint()["step"])
     Path("out/log.csv").write_text("".join(lines) + last[:1])
@@ -345,8 +337,7 @@ def test_a_folder_with_a_run_is_not_trained_over(data):
 
 def test_two_runs_in_one_folder_at_once_are_one_run(data, attempt, straight):
     """The second is refused in one line, however it starts; the first ends as if it were alone."""
-    with pytest.raises(ZeroDivisionError):
-        run_here(data, extra_loss=stop_in(8, lambda: 1 / 0))
+    interrupted(data, 8)
     first = train.Run(*train.configs({**checkpoint(straight)["config"], "out": "out"}), state=checkpoint())
     before = Path("out/log.csv").read_bytes()
     for way in ([], ["--resume"], ["--overwrite"]):
