@@ -5,7 +5,6 @@ compared with Hugging Face's in test_olmoe.py, and compiled in test_gpu.py.
 """
 
 import copy
-import re
 
 import pytest
 import torch
@@ -89,16 +88,6 @@ def test_the_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(K, reno
         assert gap(ours, theirs) < 1e-5, f"{name} is off by {gap(ours, theirs):.1e} from the loop"
 
 
-def test_one_expert_is_a_dense_swiglu():
-    """n = K = 1 is the dense model to the bit: its one routing weight is softmax of one number, exactly 1."""
-    torch.manual_seed(0)
-    moe, x = MoE(small(n_experts=1, top_k=1)), torch.randn(3, 11, 16)
-    gate, up = (x @ torch.cat((moe.W_g, moe.W_p), dim=-1)[0]).chunk(2, dim=-1)         # in one product, as there
-    dense = (F.silu(gate) * up) @ moe.W_o[0]
-    y, stats = moe(x)
-    assert torch.equal(y, dense) and stats.balance == 1, f"off by {gap(y, dense):.1e}, balance {stats.balance}"
-
-
 def test_the_model_reports_the_mean_over_layers_and_every_row():
     """balance and z are means of what the layers report, load is all of it: N*K rows in each layer."""
     model, tokens = model_and_tokens(top_k=3, n_layers=3)
@@ -106,42 +95,11 @@ def test_the_model_reports_the_mean_over_layers_and_every_row():
     for moe in model.moe_layers():
         moe.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     out = model(tokens)
-    for name in ("balance", "z"):
-        mean = sum(getattr(stats, name).item() for stats in seen) / 3
-        assert abs(getattr(out, name).item() - mean) < 1e-6, f"{name} {getattr(out, name)}, mean over layers {mean}"
-    assert out.load.tolist() == [stats.load.tolist() for stats in seen], "load is not what the layers counted"
+    balance, z, load = zip(*seen)
+    for ours, of_layers in (out.balance, balance), (out.z, z):
+        assert gap(ours, torch.stack(of_layers).mean()) < 1e-6, f"{ours}, mean over layers of {of_layers}"
+    assert out.load.tolist() == [rows.tolist() for rows in load], "load is not what the layers counted"
     assert out.load.sum(dim=1).tolist() == [3 * tokens.numel()] * 3, f"rows per layer {out.load.sum(dim=1).tolist()}"
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_attention_equals_a_loop_over_positions(qk_norm):
-    """Queries and keys normalised before the split into heads, RoPE as a turn of complex numbers, no key from later."""
-    torch.manual_seed(0)
-    T, d, H, width = 7, 24, 3, 8
-    model = MoETransformer(small(d_model=d, n_heads=H, rope_theta=50.0, norm_eps=0.1, qk_norm=qk_norm)).double()
-    attention, x = model.blocks[0].attention, torch.randn(1, T, d).double()
-
-    def heads(linear, norm=None):
-        y = x[0] @ linear.weight.T
-        if qk_norm and norm:
-            norm.weight.data.uniform_(0.5, 1.5)
-            y = y / (y.square().mean(dim=1, keepdim=True) + 0.1).sqrt() * norm.weight
-        return y.split(width, dim=1)
-
-    def turned(head, t):  # feature k goes with feature k + 4, by t * 50^(-2k/8)
-        angle = t * 50 ** (-torch.arange(4).double() / 4)
-        return torch.complex(head[t, :4], head[t, 4:]) * torch.polar(torch.ones(4).double(), angle)
-
-    parts = []
-    for q, k, v in zip(heads(attention.q, attention.q_norm), heads(attention.k, attention.k_norm), heads(attention.v)):
-        rows = []
-        for t in range(T):
-            scores = [(turned(q, t) * turned(k, s).conj()).real.sum() / width**0.5 for s in range(t + 1)]
-            rows.append(torch.stack(scores).softmax(dim=0) @ v[:t + 1])
-        parts.append(torch.stack(rows))
-    wanted = torch.cat(parts, dim=1) @ attention.o.weight.T
-    difference = gap(attention(x, model.cos[:T], model.sin[:T])[0], wanted)
-    assert difference < 1e-6, f"off by {difference:.1e} from the loop"
 
 
 def test_parameters_counted_by_hand():
@@ -229,12 +187,10 @@ def test_sampling_stops_when_every_row_has_drawn_stop():
     (dict(d_model=24, n_heads=8), "d_model 24 does not split into 8 heads of even width"),
     (dict(top_k=7), "top_k must be at most n_experts 6, got 7"),
     (dict(top_k=1, renormalize=True), "renormalize with top_k 1"),
-    *((dict([change]), f"{change[0]} must be at least") for change in (
-        *((name, 0) for name in "vocab_size context_length n_layers n_heads d_model d_expert n_experts top_k".split()),
-        ("rope_theta", 0.0), ("norm_eps", -1.0), ("init_std", float("nan")), ("rope_theta", float("inf")))),
+    *((dict([change]), "{} must be at least .* got {}".format(*change)) for change in (
+        ("n_layers", 0), ("norm_eps", -1.0), ("init_std", float("nan")), ("rope_theta", float("inf")))),
 ], ids=str)
 def test_shapes_that_cannot_work_are_refused_with_the_numbers(changes, message):
     """At construction, not in the middle of a product: one line with the name and the value of what is wrong."""
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(ValueError, match=f"^{message}"):
         small(**changes)
-    assert str(list(changes.values())[0]) in str(caught.value) and "\n" not in str(caught.value), caught.value
