@@ -80,7 +80,7 @@ def test_no_vocabulary_and_no_network_is_one_line(capsys, monkeypatch):
     lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     lambda text: f"{SEPARATOR}\n{SEPARATOR}\n \n{SEPARATOR}\n{text}\n{SEPARATOR}\n{SEPARATOR}",
 ], ids=["mark and crlf", "separators"])
-@pytest.mark.parametrize("block", [14, 17, 18, 30, 1 << 20])  # 14 and 18 begin a read at a separator inside a line
+@pytest.mark.parametrize("block", [14, 18, 1 << 20])  # 14 and 18 begin a read at a separator inside a line
 def test_documents_of_a_file(monkeypatch, dress, block):
     """However a file is dressed and read, its documents are the texts between separator lines, each with its end."""
     monkeypatch.setattr(prepare_data, "BLOCK", block)
@@ -98,19 +98,15 @@ def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
         pytest.skip(f"needs the GPT-2 vocabulary: {error}")
     parts = ["word", "It's", " ", "  ", "\n", "\n\n", "\t", "42", "!?", "日本", "\u00a0", "\x1c", "\u2003"]
     text = "".join(draw.choices(parts, k=9000))
-    whole = encoding.encode_ordinary(text)
-    write("a.txt", text)
-    for block in (100, 1000):
-        monkeypatch.setattr(prepare_data, "BLOCK", block)
-        pieces = list(prepare_data.read_text("a.txt"))
-        assert len(pieces) > 5 and [end for _, end in pieces].count(True) == 1, (block, len(pieces))
-        ids = [i for piece, _ in pieces for i in encoding.encode_ordinary(piece)]
-        assert ids == whole, f"blocks of {block}: {len(ids)} tokens instead of {len(whole)}"
+    monkeypatch.setattr(prepare_data, "BLOCK", 100)
+    pieces = list(prepare_data.read_text(write("a.txt", text)))
+    assert len(pieces) > 50 and [end for _, end in pieces].count(True) == 1, len(pieces)
+    ids, whole = [i for piece, _ in pieces for i in encoding.encode_ordinary(piece)], encoding.encode_ordinary(text)
+    assert ids == whole, f"{len(ids)} tokens instead of {len(whole)}"
 
 
-@pytest.mark.parametrize("sizes, held_out", [
-    ([810, 190], 190), ([790, 210], 100), ([940, 60], 60), ([960, 40], 100), ([25] * 40, 100), ([2], 1), ([2, 2], 1),
-])
+@pytest.mark.parametrize("sizes, held_out", [([810, 190], 190), ([790, 210], 100), ([960, 40], 100), ([25] * 40, 100),
+                                             ([2], 1)])
 def test_the_last_tenth_is_held_out_in_whole_documents_if_they_fit(sizes, held_out):
     """The last tenth of the documents, if it is 5 to 20% of the tokens. Else the last tenth of the tokens, at least 1.
     """
@@ -138,36 +134,32 @@ def test_a_folder_is_its_text_files_without_the_hidden_ones_each_text_once():
     """Its .txt files in any case, sorted. A hidden copy, a link, or a file that is named as well as its folder would
     put validation text into the training text.
     """
-    for name in ("n/b.txt", "n/a.txt", "n/c/D.TXT"):
+    for name in (".n/b.txt", ".n/a.txt", ".n/c/D.TXT"):  # a folder that is named by the user may be hidden itself
         write(name, name)
-    for name in ("n/x.png", "n/._a.txt", "n/__MACOSX/a.txt", "n/c/.git/e.txt"):
+    for name in (".n/x.png", ".n/._a.txt", ".n/__MACOSX/a.txt", ".n/c/.git/e.txt", ".n/folder.txt/x"):
         write(name, b"\xff hidden")
-    os.mkdir("n/folder.txt")
-    os.rename("n", ".n")  # a folder that is named by the user may be hidden itself
     os.symlink(".n/a.txt", "link.txt")
-    write("copy.txt", "n/b.txt")
+    write("copy.txt", ".n/b.txt")
     main([".n/a.txt", ".n", "link.txt", "copy.txt", "--out", "o", "--tokenizer", "bytes"])
-    assert tokens("o") == as_ids("n/a.txt", "n/b.txt", "n/c/D.TXT"), bytes(i % 256 for i in tokens("o"))
+    assert tokens("o") == as_ids(".n/a.txt", ".n/b.txt", ".n/c/D.TXT"), bytes(i % 256 for i in tokens("o"))
 
 
 def test_shards_are_in_the_format_of_llm_c_and_lose_nothing(monkeypatch):
     """Each is 256 little-endian int32 (20240520, 1, n, 0 ...) and n little-endian uint16, read without our code. Cut
     anywhere, they are the text. In memory they are writable, as torch wants it, and what is written stays there.
     """
-    texts = stories(30)
-    prepare(texts)
+    prepare(stories(30))
     n_train = len(tokens("o", "train"))
     for most in (77, n_train - 1, n_train):
         monkeypatch.setattr(prepare_data, "SHARD_TOKENS", most)
-        prepare(texts, "--overwrite")
+        prepare(stories(30), "--overwrite")
         ids = []
         for path in sorted(Path("o").glob("*.bin")):
             data = path.read_bytes()
             n = len(data) // 2 - 512
-            assert struct.unpack("<256i", data[:1024]) == (20240520, 1, n, *[0] * 253), data[:16]
+            assert struct.unpack("<256i", data[:1024]) == (20240520, 1, n, *[0] * 253) and 0 < n <= most, data[:16]
             ids += struct.unpack(f"<{n}H", data[1024:])
-            assert 0 < n <= most, f"{path} has {n} tokens instead of at most {most}"
-        assert ids == as_ids(*texts), f"shards of {most}: {len(ids)} tokens instead of {len(as_ids(*texts))}"
+        assert ids == as_ids(*stories(30)), f"shards of {most}: {len(ids)} tokens"
     last = load_data("o").val[-1]
     last[0] += 1
     assert last[0] == ids[-len(last)] + 1 and path.read_bytes() == data
@@ -178,35 +170,27 @@ def test_max_tokens_takes_whole_documents():
     texts = stories(400)
     n = len(as_ids(*texts[:99]))
     for limit, wanted in ((n, as_ids(*texts[:99])), (n + 1, as_ids(*texts[:99])), (10**6, as_ids(*texts)),
-                          (4, as_ids(texts[0])[:3] + [256]), (2, as_ids(texts[0])[:1] + [256])):
+                          (2, as_ids(texts[0])[:1] + [256])):
         prepare(texts, "--max-tokens", str(limit), "--overwrite")
         assert tokens("o") == wanted, f"at most {limit}: {len(tokens('o'))} tokens instead of {len(wanted)}"
+    with pytest.raises(SystemExit, match="^2$"):
+        prepare(texts, "--max-tokens", "1")
 
 
-def test_the_same_again_is_no_work_and_other_data_is_refused():
-    """Finished data stays: the same command does nothing, another one needs --overwrite."""
-    def times():
-        return {path.name: path.stat().st_mtime_ns for path in Path("o").iterdir()}
-
-    prepare(stories(30))
-    before = times()
-    prepare(stories(30))
-    for text, *argv in ("other text",), (stories(30), "--max-tokens", "9999"):
-        with pytest.raises(UserError, match="add --overwrite"):
-            prepare(text, *argv)
-    assert times() == before
-
-
-def test_two_preparations_of_a_folder_take_turns(capsys, monkeypatch):
-    """Started at once, the second waits for the first, and then says that it is done. Both end well."""
+def test_the_same_again_is_no_work_and_other_data_is_refused(capsys, monkeypatch):
+    """Finished data stays: the same command, also at the same time, does nothing. Another one needs --overwrite."""
     write_shards = prepare_data.write_shards
     monkeypatch.setattr(prepare_data, "write_shards", lambda *given: time.sleep(0.2) or write_shards(*given))
     write("a.txt", "text")
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(main, 2 * [["a.txt", "--out", "o", "--tokenizer", "bytes"]])) == [0, 0]
-    lines = sorted(capsys.readouterr().out.splitlines())
-    said = ("o holds this already", "o: 1 documents", "waiting for another process")
-    assert len(lines) == 3 and all(map(str.startswith, lines, said)), lines
+    lines = sorted(line for line in capsys.readouterr().out.splitlines() if not line.startswith("waiting"))
+    assert len(lines) == 2 and lines[0].startswith("o holds this already") and lines[1].startswith("o: 1 doc"), lines
+    before = {path: path.stat().st_mtime_ns for path in Path("o").iterdir()}
+    for text, *argv in ("other text",), ("text", "--max-tokens", "9999"):
+        with pytest.raises(UserError, match="add --overwrite"):
+            prepare(text, *argv)
+    assert {path: path.stat().st_mtime_ns for path in Path("o").iterdir()} == before
 
 
 def test_foreign_shards_are_gpt2_tokens_and_their_names_say_the_split():
@@ -233,36 +217,24 @@ def test_the_fingerprint_names_the_data():
     assert prints[0] == prints[1] and len(set(prints)) == 5, prints
 
 
-@pytest.mark.parametrize("argv", ["demo --max-tokens 1", "openwebtext --subsets 22", "demo --max 5"])
-def test_wrong_usage_is_exit_2(argv):
-    """What cannot be asked for is argparse's own error."""
-    with pytest.raises(SystemExit, match="^2$"):
-        main(argv.split())
-
-
-@pytest.mark.parametrize("make, word", [
-    (lambda: "tinystorys", "or one of demo, tinystories"),
-    (lambda: write("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n"), "no document"),
-    (lambda: write("l.txt", "\ufeff".encode() + "ä".encode() * 10_000 + b"\xferest"), "0xfe at offset 20003"),
-    (lambda: write("z.txt", b"a\0b"), "zero"),
-    (lambda: os.path.dirname(write("d/x.md", "x")), "no .txt"),
-    (lambda: write("o", "file") and write("a.txt", "x"), "File exists: 'o'"),
+@pytest.mark.parametrize("name, content, words", [
+    ("tinystorys", None, "or one of demo, tinystories"),
+    ("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n", "no document"),
+    ("l.txt", "\ufeff".encode() + "ä".encode() * 10_000 + b"\xferest", "0xfe at offset 20003"),
+    ("z.txt", b"a\0b", "zero"),
+    ("d", None, "no .txt"),
 ])
-def test_text_that_cannot_be_used_is_one_line(capsys, make, word):
+def test_text_that_cannot_be_used_is_one_line(capsys, name, content, words):
     """Text that cannot be used is one line that names it, exit code 1, and leaves no shard behind."""
-    line = failure(capsys, make(), "--out", "o", "--tokenizer", "bytes")
-    assert word in line, line
-    assert not list(Path("o").glob("*"))
-
-
-TRAIN, VAL = "train_000000.bin", "val_000000.bin"
+    write("d/x.md", "x")
+    line = failure(capsys, write(name, content) if content else name, "--out", "o", "--tokenizer", "bytes")
+    assert words in line and not list(Path("o").glob("*")), line
 
 
 @pytest.mark.parametrize("name, content, words", [
-    (TRAIN, shard([]), f"{TRAIN} is not a whole shard"),
-    (TRAIN, shard([1, 2], version=2), f"{TRAIN} is not a whole shard"),
-    (TRAIN, shard([1, 2, 3], n=2), f"{TRAIN} is not a whole shard"),
-    (VAL, None, f"{VAL} has 0 tokens"),
+    ("train_000000.bin", shard([1, 2], version=2), "train_000000.bin is not a whole shard"),
+    ("train_000000.bin", shard([1, 2, 3], n=2), "train_000000.bin is not a whole shard"),
+    ("val_000000.bin", None, "val_000000.bin has 0 tokens"),
     ("x_train.bin", shard([1]), "x_train.bin has 1 tokens, but 0"),
     ("meta.json", b"{", "meta.json is damaged"),
     ("meta.json", b"{}", "is not finished"),
@@ -273,10 +245,9 @@ def test_a_damaged_folder_is_refused_with_a_way_out(name, content, words):
     Path("mein fön", name).unlink(missing_ok=True)
     if content:
         write(f"mein fön/{name}", content)
-    with pytest.raises(UserError, match=words) as caught:
+    again = "with prepare_data.py" if "whole" in words else "prepare_data.py PATH --out 'mein fön' --overwrite"
+    with pytest.raises(UserError, match=f"{words}.*{again}$"):
         load_data("mein fön")
-    again = "; make it again with prepare_data.py", "; run: python prepare_data.py PATH --out 'mein fön' --overwrite"
-    assert str(caught.value).endswith(again["whole" not in words]), caught.value
 
 
 def test_missing_data_is_refused_with_the_command_that_makes_it():
@@ -292,7 +263,8 @@ def test_run_program_is_where_errors_are_printed(capsys, monkeypatch):
     def main(argv):
         raise argv[0]
 
-    for raised, code, words in (UserError("a\nb"), 1, "a b"), (KeyboardInterrupt(), 130, "interrupted; run the same"):
+    for raised, code, words in ((UserError("a\nb"), 1, "a b"), (FileExistsError("o"), 1, "o"),
+                                (KeyboardInterrupt(), 130, "interrupted; run the same")):
         monkeypatch.setattr(sys, "argv", ["/somewhere/x.py", raised])
         assert prepare_data.run_program(main) == code
         error = capsys.readouterr().err
