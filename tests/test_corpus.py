@@ -32,30 +32,20 @@ def derivations(template, text, start, memory, used):
         yield start, Fraction(1), [], memory, used
         return
     variable, source = re.fullmatch(r"(?:(\w+)=)?(.+)", slot).groups()
-    for end, p, copies, inner_memory, inner_used in fillings(source, text, start, memory, used):
-        inner_memory = {**inner_memory, variable: text[start:end]}
-        for final, q, more, final_memory, final_used in derivations(rest, text, end, inner_memory, inner_used):
-            yield final, p * q, copies + more, final_memory, final_used
-
-
-def fillings(source, text, start, memory, used):
-    """Like derivations, for the inside of one slot: a rule, a range of numbers, or something said again."""
-    numbers = {name: int(word) for name, word in memory.items() if word.isdigit()}
     if source in GRAMMAR:
         options = [option for option in GRAMMAR[source] if option not in used]
-        for option in options:
-            for end, p, *rest in derivations(option, text, start, memory, used | {option}):
-                yield end, p / len(options), *rest
-    elif ".." in source:
-        low, high = (eval(bound, {}, numbers) for bound in source.split(".."))
-        for number in range(low, high + 1):
-            if text.startswith(str(number), start):
-                yield start + len(str(number)), Fraction(1, high + 1 - low), [], memory, used
-    else:
-        word = memory[source] if source in memory else str(eval(source, {}, numbers))
-        if text.startswith(word, start):
-            end = start + len(word)
-            yield end, Fraction(1), [(start, end)] * (source in memory), memory, used
+        ways = [(end, p / len(options), *more) for option in options
+                for end, p, *more in derivations(option, text, start, memory, used | {option})]
+    else:  # a range of numbers, or something said again
+        numbers = {name: int(word) for name, word in memory.items() if word.isdigit()}
+        first, *last = (memory[source] if source in memory else eval(part, {}, numbers) for part in source.split(".."))
+        words = [str(number) for number in range(first, last[0] + 1)] if last else [str(first)]
+        ways = [(end, Fraction(1, len(words)), [(start, end)] * (source in memory), memory, used)
+                for word in words for end in [start + len(word)] if text.startswith(word, start)]
+    for end, p, copies, inner_memory, inner_used in ways:
+        inner_memory = {**inner_memory, variable: text[start:end]}
+        for final, q, more, *after in derivations(rest, text, end, inner_memory, inner_used):
+            yield final, p * q, copies + more, *after
 
 
 def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tmp_path, monkeypatch):

@@ -3,25 +3,24 @@
     pytest -m gpu                        # on a machine with a CUDA device, about a minute
     pytest -m slow tests/test_gpu.py     # the rehearsal: the same functions on a CPU
 
-Each test takes the device as a parameter. References are loops in float64, the same weights on the CPU, or the same run
-without the option in question.
+References are the same weights on the CPU, or the same run without the option in question. The layer alone is compared
+with loops in test_model.py, the loss in test_erc.py.
 """
 
-import contextlib
 import copy
 import gc
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 import torch
-from test_model import moe_by_loops
 from test_train import checkpoint, gradients, log, new_run, nothing, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import erc_moe
 import train
-from erc_moe import MoE, MoEConfig, MoETransformer
+from erc_moe import MoEConfig, MoETransformer
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -50,38 +49,9 @@ def assert_close(ours, exact, tolerance):
     assert not wrong, f"relative errors beyond {tolerance}: {wrong}"
 
 
-# ---- The layer, the model and the loss -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("empty, K", [([0, 3, 7], 2), ([0, 1, 2, 3, 4, 6, 7], 1)], ids=str)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
-def test_the_layer_is_a_loop_over_tokens(device, dtype, tolerance, empty, K):
-    """Output and gradients, those of each expert for itself; an expert without tokens has a gradient of exactly 0."""
-    moe = MoE(MoEConfig(n_layers=1, n_heads=4, d_model=128, d_expert=96, n_experts=8, top_k=K, init_std=0.1))
-    x, y_grad = torch.randn(1, 256, 128) + 1, torch.randn(256, 128)  # of a mean that a row of equal numbers avoids
-    with torch.no_grad():
-        moe.R.sub_(moe.R.mean(dim=1, keepdim=True)).mul_(0.3)
-        moe.R[empty] -= 0.05
-    slow, x_slow = copy.deepcopy(moe).double(), x.double().requires_grad_()
-    y_slow, _, _, counts = moe_by_loops(slow, x_slow)
-    y_slow.backward(y_grad.double())
-    moe, x = moe.to(device), x.to(device).requires_grad_()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        y, stats = moe(x)
-    y[0].backward(y_grad.to(device))
-    assert stats.load.tolist() == counts and [j for j in range(8) if not counts[j]] == empty, (stats.load, counts)
-    ours, exact = dict(R=moe.R.grad, x=x.grad, y=y[0]), dict(R=slow.R.grad, x=x_slow.grad, y=y_slow)
-    for name in ("W_g", "W_p", "W_o"):  # each expert for itself, else a small one could be wrong unseen
-        grad, grad_slow = getattr(moe, name).grad, getattr(slow, name).grad
-        assert not grad[empty].any(), f"{name} of experts without tokens: {grad[empty].count_nonzero()} not 0"
-        for j in filter(counts.__getitem__, range(8)):
-            ours[f"{name}[{j}]"], exact[f"{name}[{j}]"] = grad[j], grad_slow[j]
-    assert_close(ours, exact, tolerance)
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_the_model_computes_what_it_computes_on_a_cpu(device, dtype, tolerance):
-    """Logits, cross-entropy and all gradients of the same weights, against float32 on the CPU. In bfloat16 a tenth of a
+    """Logits, all losses and all gradients of the same weights, against float32 on the CPU. In bfloat16 a tenth of a
     gradient is rounding, up to 0.135 on eight seeds: tokens between two experts go to the other one.
     """
     plain = MoETransformer(MoEConfig(320, 64, n_layers=2, n_heads=4, d_model=128, d_expert=96, n_experts=8, top_k=2,
@@ -90,27 +60,10 @@ def test_the_model_computes_what_it_computes_on_a_cpu(device, dtype, tolerance):
     for its, on, kind in ((model, device.type, dtype), (plain, "cpu", torch.float32)):
         with torch.autocast(on, kind, enabled=kind != torch.float32):
             out = its(tokens[:, :-1].to(on), tokens[:, 1:].to(on))
-        (out.ce + 0.01 * out.balance + 0.001 * out.z).backward()
-        found.append(dict(gradients(its), logits=out.logits, ce=out.ce, balance=out.balance, z=out.z))
+            erc = sum(erc_moe.coupling_hinge(erc_moe.activation_norms(moe.R, moe.W_g)) for moe in its.moe_layers())
+        (out.ce + 0.01 * out.balance + 0.001 * out.z + erc).backward()
+        found.append(dict(gradients(its), logits=out.logits, ce=out.ce, balance=out.balance, z=out.z, erc=erc))
     assert_close(*found, tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_erc_loss_is_what_it_is_on_a_cpu(device, dtype):
-    """Loss and gradients against float64 on the CPU, with the device's noise; under autocast, too."""
-    R, W_g = (torch.randn(shape, device=device, requires_grad=True) for shape in ((12, 64), (12, 64, 40)))
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = erc_moe.erc_loss(R, W_g, 0.9, torch.Generator(device).manual_seed(3))
-    loss.backward()
-    u = 2 * torch.rand(12, 64, generator=torch.Generator(device).manual_seed(3), device=device).cpu().double() - 1
-    r, w = (t.detach().cpu().double().requires_grad_() for t in (R, W_g))
-    proxies = r * (1 + erc_moe.noise_bound(r)[:, None] * u)
-    exact = erc_moe.coupling_hinge(erc_moe.activation_norms(proxies, w), 0.9)
-    exact.backward()
-    assert_close(dict(loss=loss, R=R.grad, W_g=W_g.grad), dict(loss=exact, R=r.grad, W_g=w.grad), 1e-4)
-
-
-# ---- Runs. The loss scale of float16 and a lack of memory are in test_train.py and test_command_line.py --------------
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(data, device):
@@ -130,8 +83,8 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(data, devic
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """On a CPU: raises where Python reads a value, for which it would wait on a GPU. What it may read is int64: places
-    in the text, which are on the CPU anyway."""
+    """Raises where Python reads a value, for which it would wait on a GPU. What it may read is int64: places in the
+    text, which are on the CPU anyway."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.name().split("::")[1].split(".")[0]
@@ -141,39 +94,23 @@ class NoValueIsRead(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def nobody_waits(device):
-    """RuntimeError where Python waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with NoValueIsRead() if device.type == "cpu" else contextlib.nullcontext():
-            yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def test_no_step_waits_for_the_device(data, device):
-    """From the batch to the update, Python reads nothing from the GPU between two lines of the log."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        pytest.skip("PyTorch's grouped product waits on all but Hopper and data-centre Blackwell")
-    run = new_run(data, device=str(device), dtype="bf16", accumulate=2, steps=5, log_every=100)
-    steps, between = [], contextlib.ExitStack()
+def test_no_step_waits_for_the_device(data):
+    """From the batch to the update, nothing is read that a GPU has to compute first, between two lines of the log."""
+    run, steps, watched = new_run(data, dtype="bf16", accumulate=2, steps=5, log_every=100), [], ExitStack()
 
     def look(model):  # in the middle of each step; lines of the log are after steps 1 and 5
         steps.append(len(steps) + 1)
         if steps[-1] == 2:
-            between.enter_context(nobody_waits(device))
+            watched.enter_context(NoValueIsRead())
         if steps[-1] == 4:
-            between.close()
+            watched.close()
         return nothing(model)
 
-    with between:
+    with watched:
         train.train(run, extra_loss=look)
     assert steps == [1, 2, 3, 4, 5], steps
-    with pytest.raises(RuntimeError), nobody_waits(device):
-        run.model(torch.zeros(1, 4, dtype=torch.long, device=device)).balance.item()  # does: the check is not blind
+    with pytest.raises(RuntimeError, match="waits"), NoValueIsRead():
+        run.model(torch.zeros(1, 4, dtype=torch.long)).balance.item()  # does: the check is not blind
 
 
 def test_a_compiled_model_is_one_graph_with_the_same_loss(data, device, monkeypatch):

@@ -11,36 +11,25 @@ import erc_moe
 import train
 
 
-def shape_comments(module):
-    """{line number: (assigned names, [] for a return; claimed shapes; whether each tensor has the first)} for each line
-    that ends in a comment like # (N, K), -, (N, K) or # (B, T, d) each."""
-    claims = {}
+def false_comments(module, size, work):
+    """Runs work() and compares each line that ends in a comment like # (N, K), -, (N, K) or # (B, T, d) each with what
+    it assigned or returned -> what is wrong."""
+    claims, wrong, previous = {}, set(), {}
     for number, line in enumerate(inspect.getsource(module).splitlines(), start=1):
         if found := re.match(r"\s+(return|[\w*, ]+ [+|]?=) .*  # (\(.*)", line):
-            names = re.findall(r"\w+", found[1].removeprefix("return"))
-            claims[number] = names, re.findall(r"\([^()]*\)|-(?=,)", found[2]), ") each" in found[2]
-    assert len(claims) > 10, f"this test is blind: {len(claims)} comments"
-    return claims
-
-
-def false_comments(module, size, work):
-    """Runs work() and compares each commented line of the module with what it assigned or returned -> what is wrong."""
-    claims, wrong, previous = shape_comments(module), set(), {}
+            claims[number] = re.findall(r"\w+", found[1].removeprefix("return")), found[2]
     never = set(claims)
 
     def check(frame, event, result):
         line = previous.pop(frame, None)  # a line is announced before it runs, so look at the one before
         if line in claims and event in ("line", "return"):
-            names, shapes, each = claims[line]
-            values = [frame.f_locals[name] for name in names] if names else tree_leaves(result)
-            if each:
-                values = tree_leaves(values)
-                shapes = shapes * len(values)
+            names, comment = claims[line]
+            values = tree_leaves([frame.f_locals[name] for name in names] or result)
+            shapes = re.findall(r"\([^()]*\)|-(?=,)", comment) * (len(values) if ") each" in comment else 1)
             wanted = [eval(shape, dict(size)) if shape != "-" else None for shape in shapes]
-            found = [tuple(value.shape) if shape else None for value, shape in zip(values, wanted)]
             never.discard(line)
-            if found != wanted:
-                wrong.add(f"line {line} claims {shapes}, but has {found}")
+            if wanted != [tuple(value.shape) if shape else None for value, shape in zip(values, wanted)]:
+                wrong.add(f"line {line} claims {comment}, but has {[list(value.shape) for value in values]}")
         previous[frame] = frame.f_lineno
         return check
 
@@ -53,6 +42,7 @@ def false_comments(module, size, work):
         work()
     finally:
         sys.settrace(None)
+    assert len(claims) > 10, f"this test is blind: {len(claims)} comments"
     return sorted(wrong) + [f"line {line} never ran" for line in sorted(never)]
 
 
