@@ -154,21 +154,16 @@ def test_accumulation_is_the_mean_over_the_micro_batches(data):
         assert float(log()[0][name]) == pytest.approx(value.item(), rel=1e-5), f"{name}: {log()[0][name]}, not {value}"
 
 
-def torchrun(*argv):
-    """The command for two processes on this machine, and its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-             f"--master-port={port}", str(ROOT / "train.py"), *argv],
-            dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
-
-
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(data):
     """torchrun with 2 processes of 2 micro-batches equals one process of 4: the log, and weights up to rounding."""
-    command, environment = torchrun(*flags(data, accumulate=2, out="two"))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+               f"--master-port={port}", str(ROOT / "train.py"), *flags(data, accumulate=2, out="two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert done.stdout.count("val_ce") == 2, f"one process prints, not each:\n{done.stdout}"  # last step, and report
     trained(data, accumulate=4, out="one")
