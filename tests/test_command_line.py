@@ -44,13 +44,11 @@ def settings_of(monkeypatch):
 def test_every_setting_is_a_flag_of_its_type(settings_of):
     """--a-b VALUE with the type of the field, booleans --x and --no-x; what is not given has the field's default."""
     for field in (*fields(TrainConfig), *(field for field in fields(MoEConfig) if field.name != "vocab_size")):
-        flag = field.name.replace("_", "-")
-        values = {int: 48 if flag == "d-model" else 8, float: 1.5, str: "fp32"}
-        cases = ({f"--{flag}": True, f"--no-{flag}": False} if field.type is bool else
-                 {f"--{flag}={values[field.type]}": values[field.type]})
+        flag, value = field.name.replace("_", "-"), {int: 24, float: 1.5, str: "fp32", bool: None}[field.type]
+        cases = {f"{flag}={value}": value} if value else {flag: True, f"no-{flag}": False}
         for argument, expected in cases.items():
-            got = settings_of(argument)[field.name]
-            assert got == expected and type(got) is field.type, f"{argument}: {got}"
+            got = settings_of(f"--{argument}")[field.name]
+            assert got == expected and type(got) is field.type, f"--{argument}: {got}"
     assert settings_of() == {**asdict(MoEConfig()), **asdict(TrainConfig())}, "the demo has the defaults"
 
 

@@ -82,8 +82,8 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(data, devic
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """Raises where Python reads a value in steps 3 and 4 of a run, for which it would wait on a GPU. What it may read is
-    int64: places in the text, which are on the CPU anyway."""
+    """Raises where Python reads a value in steps 3 and 4 of a run, for which it would wait on a GPU. It may read
+    what is int64: places in the text, which are on the CPU anyway."""
 
     def __init__(self, run):
         super().__init__()

@@ -116,20 +116,6 @@ def test_the_last_tenth_is_held_out_in_whole_documents_if_they_fit(sizes, held_o
     assert tokens("o") == as_ids(*texts)
 
 
-def test_a_small_demo_keeps_whole_documents_and_its_floor(monkeypatch):
-    """However few its documents, the last one is for validation, so that val_ce can be compared with the floor. A
-    single one is cut between tokens, and then there is no floor.
-    """
-    documents = list(prepare_data.demo_documents(0, 20))
-    monkeypatch.setattr(prepare_data, "demo_documents", lambda: documents)
-    main(["demo", "--out", "o", "--max-tokens", "1500"])
-    meta = load_data("o").meta
-    _, text, log_prob, _ = documents[meta["documents"] - 1]
-    assert tokens("o", "val") == as_ids(text) and meta["entropy_floor"] == -log_prob / (len(text) + 1), meta
-    main(["demo", "--out", "one", "--max-tokens", "20"])
-    assert len(tokens("one", "val")) == 1 and "entropy_floor" not in load_data("one").meta
-
-
 def test_a_folder_is_its_text_files_without_the_hidden_ones_each_text_once():
     """Its .txt files in any case, sorted. A hidden copy, a link, or a file that is named as well as its folder would
     put validation text into the training text.

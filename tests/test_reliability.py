@@ -69,25 +69,21 @@ def child(folder, main, argv, kill_at=None, limit=None):
 
 
 @pytest.fixture(scope="module")
-def server():
-    """Forks children of a process that has torch loaded, and no threads."""
+def attempt():
+    """attempt(argv, ...) runs train.py, or another program, forked from a process that has torch loaded and no threads
+    -> its code (-9: killed), error."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "test_reliability"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        yield context
 
-
-@pytest.fixture
-def attempt(server):
-    """attempt(argv, ...) runs train.py, or another program, in a process of its own -> its code (-9: killed), error."""
     def start(argv, main=train.main, **harm):
-        process = server.Process(target=child, args=(os.getcwd(), main, argv), kwargs=harm)
+        process = context.Process(target=child, args=(os.getcwd(), main, argv), kwargs=harm)
         process.start()
         process.join()
         return SimpleNamespace(code=process.exitcode, error=Path("err.txt").read_text())
 
-    return start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +232,7 @@ def test_a_signal_of_another_process_stops_this_one_too(data, monkeypatch):
     assert run.any_signal([]) == run.any_signal([2]) == 15
 
 
-def test_a_closed_terminal_saves_and_leaves_and_nohup_does_not(data, attempt):
+def test_a_closed_terminal_saves_and_leaves_and_nohup_does_not(data):
     """A run on a terminal of its own, which is then closed: exit code 129, saved. With nohup it trains to its end."""
     for nohup in (False, True):
         shutil.rmtree("out", ignore_errors=True)

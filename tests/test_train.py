@@ -32,19 +32,14 @@ SMALL = dict(context_length=32, n_layers=2, n_heads=2, d_model=16, d_expert=8, n
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def settings(data, **changes):
-    """(TrainConfig, MoEConfig) of a run that takes milliseconds a step."""
-    return train.configs({"data": data, "out": "out", **SMALL, **changes})
-
-
 def flags(data, **changes):
-    """The same as a command line."""
+    """The command line of a run that takes milliseconds a step."""
     values = {"data": data, "out": "out", **SMALL, **changes}
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
-def new_run(data, model=None, state=None, overwrite=True, **changes):
-    return train.Run(*settings(data, **{"out": "aside", **changes}), model, state, overwrite)
+def new_run(data, model=None, state=None, **changes):
+    return train.Run(*train.configs({"data": data, "out": "aside", **SMALL, **changes}), model, state, overwrite=True)
 
 
 def trained(data, extra_loss=None, watch=None, **changes):
