@@ -44,7 +44,8 @@ def settings_of(monkeypatch):
 def test_every_setting_is_a_flag_of_its_type(settings_of):
     """--a-b VALUE with the type of the field, booleans --x and --no-x; what is not given has the field's default."""
     for field in (*fields(TrainConfig), *(field for field in fields(MoEConfig) if field.name != "vocab_size")):
-        flag, value = field.name.replace("_", "-"), {int: 24, float: 1.5, str: "fp32", bool: None}[field.type]
+        flag = field.name.replace("_", "-")
+        value = {int: 48 if flag == "d-model" else 8, float: 1.5, str: "fp32", bool: None}[field.type]
         cases = {f"{flag}={value}": value} if value else {flag: True, f"no-{flag}": False}
         for argument, expected in cases.items():
             got = settings_of(f"--{argument}")[field.name]
@@ -115,8 +116,7 @@ def test_a_sample_begins_with_its_prompt_and_follows_its_seed(data, capsys):
 
 
 def test_the_report_has_quality_a_sample_and_commands_that_can_be_pasted(data, monkeypatch, capsys):
-    """Both cross-entropies; the ratio to the floor where windows are whole documents; a folder with a blank is quoted;
-    where no sample can be made, that is said."""
+    """The ratio to the floor where windows are whole documents; folders are quoted; why there is no sample is said."""
     argv = flags(data, out="a run", steps=1, context_length=96)
     text = prepare_data.load_data(data)
     for longest in (96, 97):

@@ -49,9 +49,7 @@ def derivations(template, text, start, memory, used):
 
 
 def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tmp_path, monkeypatch):
-    """The shards are byte for byte the published ones. The floor is that of what the validation shard holds, in which
-    each document is ASCII and fits 256 tokens.
-    """
+    """The shards are the published ones, and the floor is that of the held-out documents, which fit 256 tokens."""
     monkeypatch.setattr(prepare_data, "demo_documents", lambda: documents)  # drawn once is enough
     main(["demo", "--out", str(tmp_path)])
     data, held_out = load_data(tmp_path), documents[-HELD_OUT:]
@@ -65,9 +63,7 @@ def test_the_demo_is_the_same_on_every_machine_and_knows_its_floor(documents, tm
 
 
 def test_every_text_has_one_derivation_with_its_probability_and_copies(documents):
-    """Walking the grammar along a text finds one derivation, no earlier end, and the generator's log_prob and copies:
-    the spans of slots that say what an earlier slot said.
-    """
+    """Walking the grammar along a text finds one way, no earlier end, and the generator's log_prob and copies."""
     for kind, text, log_prob, copies in documents[-HELD_OUT:]:
         found = [(k, *way) for k in KINDS for way in derivations(GRAMMAR[k][0], text, 0, {}, set())]
         assert [(k, end) for k, end, *_ in found] == [(kind, len(text))], f"{len(found)} derivations: {found}\n{text}"

@@ -8,7 +8,6 @@ with loops in test_model.py, the loss in test_erc.py.
 """
 
 import copy
-import gc
 import os
 import signal
 
@@ -30,13 +29,12 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """Each test has a folder of its own, and leaves no setting and no memory behind."""
+    """Each test has a folder of its own, and leaves no setting behind."""
     monkeypatch.chdir(tmp_path)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product of a process
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
-    gc.collect()
 
 
 def assert_close(ours, exact, tolerance):
@@ -50,9 +48,7 @@ def assert_close(ours, exact, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_the_model_computes_what_it_computes_on_a_cpu(device, dtype, tolerance):
-    """Logits, all losses and all gradients of the same weights, against float32 on the CPU. In bfloat16 a tenth of a
-    gradient is rounding, up to 0.135 on eight seeds: tokens between two experts go to the other one.
-    """
+    """Logits, losses, gradients against float32 on the CPU; in bfloat16, tokens between two experts may change."""
     plain = MoETransformer(MoEConfig(320, 64, n_layers=2, n_heads=4, d_model=128, d_expert=96, n_experts=8, top_k=2,
                                      init_std=0.06))
     model, tokens, found = copy.deepcopy(plain).to(device), torch.randint(320, (4, 65)), []
@@ -66,9 +62,7 @@ def test_the_model_computes_what_it_computes_on_a_cpu(device, dtype, tolerance):
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(data, device):
-    """SIGTERM in the third of four steps, then --resume: equal to the bit, where torch's algorithms are the
-    deterministic ones.
-    """
+    """SIGTERM in step 3 of 4, then --resume: equal to the bit, with torch's deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     changes = dict(device=str(device), dtype="auto", out="stopped")
     train.train(new_run(data, **{**changes, "out": "whole"}))
@@ -82,8 +76,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(data, devic
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """Raises where Python reads a value in steps 3 and 4 of a run, for which it would wait on a GPU. It may read
-    what is int64: places in the text, which are on the CPU anyway."""
+    """Raises where Python reads a value in steps 3 and 4, but int64: places in the text, which are on the CPU."""
 
     def __init__(self, run):
         super().__init__()
@@ -108,8 +101,7 @@ def test_no_step_waits_for_the_device(data):
 
 
 def test_a_compiled_model_is_one_graph_with_the_same_loss(data, device, monkeypatch):
-    """--compile: no graph break, no second compilation in later steps, not after an evaluation, the same ce, and a
-    checkpoint that a run without it can go on from."""
+    """No graph break, no second compilation, also after an evaluation, the same ce, and names as without --compile."""
     if device.type == "cpu":  # where the real compiler would take most of a minute
         compiler = torch.compile
         monkeypatch.setattr(torch, "compile", lambda *args, **more: compiler(*args, backend="aot_eager", **more))

@@ -70,8 +70,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The server, with 200 stories of TinyStories to train on, and 20 others. habit decides what it does, asked tells
-    what it was asked, waited how long it was let alone."""
+    """The server, with TinyStories: what it does is its habit, what it was asked in asked, and pauses in waited."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.habit, server.asked, server.waited = "", [], []
         server.files = {prepare_data.TINYSTORIES.format(split).removeprefix("datasets/"):
@@ -87,9 +86,7 @@ def hub(monkeypatch):
 
 
 def test_tinystories_comes_from_the_pinned_commit(hub, capsys):
-    """Both files come from the pinned commit, become the two splits, and are not asked for again. Bytes that are no
-    UTF-8 become a replacement character.
-    """
+    """Its files become the two splits, and are not asked for again; what is no UTF-8 becomes a replacement sign."""
     hub.files = {name: data + b" \xff\0" for name, data in hub.files.items()}
     assert main(TINY) == 0 and "o will take about 5 GB, downloads included, and 1000" in capsys.readouterr().out
     for split, n in (("train", 200), ("val", 20)):
@@ -103,9 +100,7 @@ def test_tinystories_comes_from_the_pinned_commit(hub, capsys):
 
 
 def test_a_download_goes_on_as_long_as_new_bytes_come(hub, capsys):
-    """Five requests in a row that bring nothing end it, and what comes again, from a server without ranges, is nothing.
-    Many more failures, of which every fifth brings something, end with the whole file.
-    """
+    """Five requests in a row without new bytes end it; many more failures, of which every fifth brings some, do not."""
     hub.habit = "no range"
     assert "cut after 500 of" in failure(capsys, *TINY) and len(hub.asked) == 2 * 6, len(hub.asked)
     hub.habit = "drip"
@@ -120,9 +115,7 @@ def test_a_download_goes_on_as_long_as_new_bytes_come(hub, capsys):
     ("wrong bytes", "sha256", []), ("401", "get the file yourself", []), ("404", "edit its commit", []),
 ])
 def test_a_bad_server_is_one_line_and_the_next_run_does(hub, capsys, monkeypatch, habit, words, waits):
-    """A server that cannot give the right bytes is one line and exit 1; no wrong file ever takes its final name, and
-    what came before stays. 429 and 503 wait as Retry-After says, at most a minute, and a minute for a date.
-    """
+    """No wrong file takes its final name, what came before stays; 429 and 503 wait as they say, a minute at most."""
     hub.habit = habit
     part = Path(write("o/downloads/f54c09fd-TinyStoriesV2-GPT4-train.txt.part", stories(200, seed=200)[0][:9]))
     with monkeypatch.context() as patch:

@@ -108,8 +108,7 @@ def test_long_documents_tokenise_as_if_in_one_piece(monkeypatch):
 @pytest.mark.parametrize("sizes, held_out", [([810, 190], 190), ([790, 210], 100), ([960, 40], 100), ([25] * 40, 100),
                                              ([2], 1)])
 def test_the_last_tenth_is_held_out_in_whole_documents_if_they_fit(sizes, held_out):
-    """The last tenth of the documents, if it is 5 to 20% of the tokens. Else the last tenth of the tokens, at least 1.
-    """
+    """The last tenth of the documents, if it is 5 to 20% of the tokens; else a tenth of the tokens, at least 1."""
     texts = [letter * (size - 1) for letter, size in zip("abcd" * 10, sizes)]
     prepare(texts)
     assert len(tokens("o", "val")) == held_out, f"{len(tokens('o', 'val'))} of {sum(sizes)} tokens"
@@ -117,9 +116,7 @@ def test_the_last_tenth_is_held_out_in_whole_documents_if_they_fit(sizes, held_o
 
 
 def test_a_folder_is_its_text_files_without_the_hidden_ones_each_text_once():
-    """Its .txt files in any case, sorted. A hidden copy, a link, or a file that is named as well as its folder would
-    put validation text into the training text.
-    """
+    """A hidden copy, a link, or a file named beside its folder would put validation text into the training text."""
     for name in (".n/b.txt", ".n/a.txt", ".n/c/D.TXT"):  # a folder that is named by the user may be hidden itself
         write(name, name)
     for name in (".n/x.png", ".n/._a.txt", ".n/__MACOSX/a.txt", ".n/c/.git/e.txt", ".n/folder.txt/x"):
@@ -131,9 +128,7 @@ def test_a_folder_is_its_text_files_without_the_hidden_ones_each_text_once():
 
 
 def test_shards_are_in_the_format_of_llm_c_and_lose_nothing(monkeypatch):
-    """Each is 256 little-endian int32 (20240520, 1, n, 0 ...) and n little-endian uint16, read without our code. Cut
-    anywhere, they are the text. In memory they are writable, as torch wants it, and what is written stays there.
-    """
+    """256 little-endian int32 (20240520, 1, n, 0 ...) and n uint16, read without our code; writable in memory alone."""
     prepare(stories(30))
     n_train = len(tokens("o", "train"))
     for most in (77, n_train - 1, n_train):

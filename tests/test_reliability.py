@@ -44,9 +44,7 @@ def run_here(data, extra_loss=None, **changes):
 
 
 def child(folder, main, argv, kill_at=None, limit=None):
-    """A program in a forked process. kill_at: SIGKILL at that file event in "out", or step. limit: bytes beyond which
-    no file grows, as on a full disk.
-    """
+    """A program in a forked process. kill_at: SIGKILL at that step or file event. limit: the bytes of a full disk."""
     signal.alarm(200)  # no child outlives its test
     os.chdir(folder)
     os.dup2(os.open("err.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -70,8 +68,7 @@ def child(folder, main, argv, kill_at=None, limit=None):
 
 @pytest.fixture(scope="module")
 def attempt():
-    """attempt(argv, ...) runs train.py, or another program, forked from a process that has torch loaded and no threads
-    -> its code (-9: killed), error."""
+    """attempt(argv, ...) forks train.py, or another main, where torch is loaded already -> its code, its error."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "test_reliability"])
 
@@ -116,8 +113,7 @@ def interrupted(data, step):
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_event_loses_no_saved_step(data, attempt, straight, every):
-    """SIGKILL in steps, and at file events of a run with 3 saves: the last one loads, and the run resumed from it ends
-    as if nothing had happened."""
+    """SIGKILL in steps and at file events: the last save loads, and the run resumed from it ends as if never killed."""
     kills = 0
     for kill_at in range(every, 500, every):
         shutil.rmtree("out", ignore_errors=True)
@@ -186,8 +182,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_is_whole(data, attempt):
 
 
 def test_resumed_equals_uninterrupted(data, straight):
-    """Stopped by an exception in step 11, of the line of step 10 only a 1 on the disk: resumed from step 8, weights,
-    optimizer and log are those of a run never stopped."""
+    """Stopped in step 11, of line 10 only a 1 in the log: weights, optimizer and log end as in a run never stopped."""
     interrupted(data, 11)
     *lines, last = Path("out/log.csv").read_text().splitlines(keepends=True)
     assert last.startswith("10,") and checkpoint()["step"] == 8, (last, checkpoint()["step"])
@@ -204,8 +199,7 @@ def test_intervals_change_nothing(data, straight):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_even_again_within_the_step_saves_and_leaves(data, monkeypatch, capsys, number, code):
-    """Twice in step 5: the step is ended and saved, nothing is lost, how to go on is the last line, and the handler
-    that was there before is there again."""
+    """Twice in step 5: it is ended and saved, how to go on is the last line, and the handler of before is back."""
     def batch(run, step, i, plain=train.Run.batch):
         for _ in range(2 * (step == 5)):
             signal.raise_signal(number)
@@ -295,8 +289,7 @@ class Hostile:
 
 
 def test_what_is_no_checkpoint_is_refused_and_no_code_in_it_runs(straight):
-    """Empty, no archive, without a part; a pickle that calls os.system, alone, within a checkpoint or in the old
-    format: one line that names the file."""
+    """Empty, no archive, a lost part, a pickle that calls os.system, whole or within: one line that names the file."""
     pickle.loads(pickle.dumps(Hostile()))
     assert Path("executed").exists(), "this test is blind"
     Path("executed").unlink()
@@ -309,8 +302,7 @@ def test_what_is_no_checkpoint_is_refused_and_no_code_in_it_runs(straight):
 
 
 def test_a_folder_is_trained_in_once_and_resumed_where_there_is_a_run(data):
-    """Without --resume or --overwrite: one line with the ways out, and nothing is changed. With them, and with
-    --sample, where no run is: one line, and nothing is made."""
+    """Without --resume or --overwrite, or where there is no run to resume: one line, and nothing is changed."""
     for flag in "--resume", "--sample=the":
         with pytest.raises(UserError, match="no checkpoint in out; "):
             train.main(argv(data, flag))

@@ -12,8 +12,7 @@ import train
 
 
 def false_comments(module, size, work):
-    """Runs work() and compares each line that ends in a comment like # (N, K), -, (N, K) or # (B, T, d) each with what
-    it assigned or returned -> what is wrong."""
+    """Runs work(); compares comments like # (N, K), -, (N, K) or # (B, T, d) each with what their line assigned."""
     claims, wrong, previous = {}, set(), {}
     for number, line in enumerate(inspect.getsource(module).splitlines(), start=1):
         if found := re.match(r"\s+(return|[\w*, ]+ [+|]?=) .*  # (\(.*)", line):

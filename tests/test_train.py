@@ -104,8 +104,7 @@ def test_switching_erc_off_changes_no_batch_and_nothing_before_the_first_update(
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_erc_once_per_step_is_the_mean_of_erc_in_every_micro_batch(data, dtype):
-    """4 micro-batches under the same noise: ERC adds its float32 gradient, once, to router and gates alone, before the
-    clipping, and a float16 scaler of 65,536 does not scale it."""
+    """ERC adds its float32 gradient once, to router and gates alone, before clipping; no float16 scaler scales it."""
     seen = []
     for weight in (0.0, 2.0):
         trained(data, lambda model: seen.append(gradients(model)) or nothing(model), steps=1, accumulate=4,
@@ -124,8 +123,7 @@ def test_erc_once_per_step_is_the_mean_of_erc_in_every_micro_batch(data, dtype):
 
 
 def test_accumulation_is_the_mean_over_the_micro_batches(data):
-    """4 micro-batches of 2 windows: gradient and logged numbers are those of one batch of the same 8 windows. epsilon,
-    violated and coupling are means over the layers, of the clean R and W_g, before the first update."""
+    """Gradient and log are those of one batch of the same 8 windows, and of the weights before the first update."""
     seen = []
     trained(data, lambda model: seen.append(gradients(model)) or nothing(model), accumulate=4, steps=1,
             erc_weight=0.0, erc_alpha=0.7, z_weight=0.1, lr=0.5)
@@ -168,13 +166,10 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(data):
     for one, two in zip(log("one"), log("two")):
         for name in filter(one.get, one):
             assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-4), (name, one, two)
-        assert one["tokens"] == two["tokens"] and one["max_load"] == two["max_load"], (one, two)
 
 
 def test_every_token_is_a_target_equally_often_and_every_window_is_drawn():
-    """By a loop over all offsets of two shards, T = 8: windows begin anywhere, also inside a document, and go on with
-    the beginning of their shard. End-of-text, behind documents of 3 to 40 tokens, is as often a target as any token.
-    """
+    """By a loop over all offsets of two shards: windows begin anywhere, and go on with the beginning of their shard."""
     T, draws, eot = 8, 5000, 1999
     shards = [[eot if p in (2, 42, 59) else p for p in range(60)],
               [eot if p in (9, 30) else 1000 + p for p in range(31)]]
@@ -228,11 +223,10 @@ def test_what_cannot_be_trained_is_one_line_before_a_folder_is_made(data):
     new_run(foreign("c", (99, 50_256), (99, 50_256)))
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set from /proc")
 def test_validation_reads_no_more_of_the_text_than_its_windows():
     """A validation split of 300 MB, with 100 MB of memory to spare: 128 windows, evenly spaced, whole and in order."""
-    resource = pytest.importorskip("resource", reason="Windows has no memory limits")
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("the limit is set from /proc")
+    import resource  # Windows has none
     text, limits = load_data(foreign("data", (99, 0), (150_000_000, 7))), resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, limits[1]))
@@ -268,8 +262,7 @@ def test_every_validation_document_is_evaluated_whole_where_there_is_a_floor(dat
 
 
 def test_evaluation_by_hand(data, monkeypatch):
-    """val_ce is one F.cross_entropy over all that counts; agreement a loop over its tokens; response_ce comes from a
-    model in which the last layer's router is replaced, token by token."""
+    """One F.cross_entropy over all that counts, and, token by token, agreement and a model with another route."""
     run = new_run(data, context_length=96, batch_size=3, z_weight=9.0, balance_weight=9.0, d_model=32, init_std=0.3,
                   seed=3)
     batches = train.validation_batches(whole_documents(data)[0], 96, 3)  # some of whose targets are padding
@@ -301,16 +294,14 @@ def test_evaluation_by_hand(data, monkeypatch):
     assert abs(ce - forced_ce) > 1e-3 and 0 < agreement[-1] < 1, f"this test shows nothing: {expected}"
 
 
-DOCUMENTED = ("step,tokens,ce,val_ce,response_ce,balance,z,erc,epsilon,violated,coupling,agreement,max_load,dead,lr,"
-              "grad_norm,tokens_per_s")
-
-
 def test_the_log_has_step_1_every_interval_every_evaluation_and_the_last(data):
     """11 steps, logged every 4, evaluated every 3: lines 1 3 4 6 8 9 11, each cell filled where it has a value."""
     evaluated = []
     begin = time.perf_counter()
     result = trained(data, watch=lambda model, step: evaluated.append(step), steps=11, log_every=4, eval_every=3)
-    assert Path("out", "log.csv").read_text().splitlines()[0] == DOCUMENTED
+    assert Path("out", "log.csv").read_text().splitlines()[0].split(",") == (
+        "step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr grad_norm"
+        " tokens_per_s").split()
     rows = log()
     assert [int(row["step"]) for row in rows] == [1, 3, 4, 6, 8, 9, 11] and evaluated == [3, 6, 9, 11], rows
     for row in rows:
@@ -324,8 +315,7 @@ def test_the_log_has_step_1_every_interval_every_evaluation_and_the_last(data):
 
 
 def test_decay_reaches_every_matrix_and_no_norm(data):
-    """Each parameter once: R and the experts have a decay of their own, embedding and attention the other, norms none.
-    """
+    """Each parameter once: a decay for R and the experts, another one for embedding and attention, none for norms."""
     run = new_run(data, weight_decay=0.3, moe_weight_decay=0.7)
     decay = [(id(p), group["weight_decay"]) for group in run.optimizer.param_groups for p in group["params"]]
     expected = [(id(p), 0.7 if ".moe." in name else 0 if "norm" in name else 0.3)
@@ -344,12 +334,12 @@ def test_what_router_and_experts_forget_over_a_run_is_what_they_forget_in_the_pa
 
 def test_grad_clip_0_is_no_clipping(data):
     """It ends where a bound that no gradient reaches ends, and elsewhere than a bound that every gradient exceeds."""
-    ends = {}
+    ends = []
     for clip in (0.0, 1e6, 1e-3):
-        trained(data, out=f"clip-{clip}", grad_clip=clip)
-        ends[clip] = checkpoint(f"clip-{clip}")["model"]
-    assert gap(ends[0.0], ends[1e6]) == 0, f"off by {gap(ends[0.0], ends[1e6])}"
-    assert gap(ends[0.0], ends[1e-3]) > 0, "a bound of 1e-3 changed nothing: this test is blind"
+        trained(data, grad_clip=clip)
+        ends.append(checkpoint()["model"])
+    off, clipped = gap(ends[0], ends[1]), gap(ends[0], ends[2])
+    assert off == 0 < clipped, f"off by {off}; a bound of 1e-3 makes a difference of {clipped}"
 
 
 def test_learning_rate_at_the_points_that_matter(data):
@@ -402,17 +392,13 @@ def test_under_a_float16_scaler_a_skipped_step_is_normal_and_a_vanishing_scale_s
 
 def test_an_extra_loss_and_a_model_of_ones_own_in_a_thread(data):
     """As in a notebook: a loss that pulls the final norm to 3 does so, once per step; the own model is saved."""
-    calls, results, model = [], [], new_run(data, n_layers=1).model
+    calls, model = [], new_run(data, n_layers=1).model
     run = new_run(data, model, out="out", steps=30, lr=0.2, weight_decay=0.0, accumulate=2, erc_weight=0.0)
-
-    def pull(given):
-        calls.append(given is model)
-        return 100 * (given.norm.weight - 3).square().mean()
-
-    thread = threading.Thread(target=lambda: results.append(train.train(run, pull)))
+    pull = lambda given: calls.append(given is model) or 100 * (given.norm.weight - 3).square().mean()
+    thread = threading.Thread(target=train.train, args=(run, pull))
     thread.start()
     thread.join()
-    assert calls == [True] * 30 and results[0]["signal"] == 0, f"{len(calls)} calls in 30 steps: {results}"
+    assert calls == [True] * 30 == [True] * run.step, f"{len(calls)} calls in {run.step} steps of 30"
     assert abs(model.norm.weight.mean().item() - 3) < 0.5, f"the extra loss wants 3, not {model.norm.weight.mean()}"
     assert gap(checkpoint()["model"], weights(model)) == 0
 
