@@ -1,10 +1,9 @@
-"""A GPU computes what a CPU computes, and no step waits for it.
+"""A GPU computes what a CPU computes, from the same weights, and no step waits for it.
 
     pytest -m gpu                        # on a machine with a CUDA device, about a minute
     pytest -m slow tests/test_gpu.py     # the rehearsal: the same functions on a CPU
 
-References are the same weights on the CPU, or the same run without the option in question. The layer alone is compared
-with loops in test_model.py, the loss in test_erc.py.
+The layer alone is compared with loops in test_model.py, and the loss in test_erc.py, on a CPU.
 """
 
 import copy

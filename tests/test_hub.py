@@ -1,7 +1,4 @@
-"""Downloads: what comes from the hub is whole and right, or there is one line that says why not.
-
-The hub is a server on 127.0.0.1 with its layout and headers, and with the bad habits a server can have.
-"""
+"""Downloads are whole and right, or one line says why not. The hub is a server on 127.0.0.1 with bad habits."""
 
 import hashlib
 import io

@@ -70,9 +70,9 @@ def shard(ids, n=None, version=1):
 def test_no_vocabulary_and_no_network_is_one_line(capsys, monkeypatch):
     """Without the GPT-2 files and a network, one line says TIKTOKEN_CACHE_DIR."""
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # as in a new process
-    nowhere = "http://127.0.0.1:9"
-    for name, value in dict(http_proxy=nowhere, https_proxy=nowhere, no_proxy="", TIKTOKEN_CACHE_DIR="none").items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "none")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
     assert "TIKTOKEN_CACHE_DIR" in failure(capsys, write("a.txt", "text"))
 
 

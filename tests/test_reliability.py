@@ -1,7 +1,6 @@
 """Nothing lost: runs are killed, starved and fed garbage, and what they leave is compared to the bit.
 
-Kills, signals and full disks happen to real processes, forked by a server that has imported torch once. Nothing of the
-product is replaced: files are really damaged, disks are really full. Marked `slow` is the long half.
+Kills and full disks happen to real processes, forked by a server that has imported torch once. `slow` is the long half.
 """
 
 import fcntl
