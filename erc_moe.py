@@ -236,7 +236,8 @@ class MoE(nn.Module):
     def mix(self, x, weights, experts):
         """What the chosen experts make of x.  x [N, d], weights [N, K], experts [N, K] -> output [N, d], load [n].
 
-        The output of token t is the sum over k of weights[t, k] times what expert experts[t, k] makes of x[t].
+        The output of token t is the sum over k of weights[t, k] times what expert experts[t, k] makes of x[t]. Written
+        as loops, this layer is moe_by_loops in tests/test_model.py.
         """
         # Each token becomes K rows, one for each of its experts. Sorted by expert, the rows of an expert are adjacent.
         row_expert, order = experts.flatten().sort(stable=True)                        # (N*K,), (N*K,)

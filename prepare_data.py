@@ -5,13 +5,13 @@
     python prepare_data.py openwebtext           # 21 files of about 630 MB; --subsets 1 takes only the first
     python prepare_data.py story.txt notes/      # your own UTF-8 text: files, or folders of .txt files
 
-The way of every source: documents -> tokens -> one temporary file -> shards in data/NAME or --out. The memory it takes
-hardly grows with the source. A preparation that was killed can be run again and gives the same shards. Of your own
-text, a file is one document, unless lines that are <|endoftext|> divide it.
+Every source goes the same way, in constant memory: documents -> tokens -> one temporary file -> shards in data/NAME or
+--out. A preparation that was killed can be run again and gives the same shards. Each of your own files is one document,
+or several where lines that are exactly <|endoftext|> separate them.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens. This is the format of
 llm.c and modded-nanogpt, so their shards can be trained on too: without meta.json, a folder is read as GPT-2 tokens.
-Here end-of-text follows every document, and meta.json says what was written.
+In llm.c's, end-of-text stands before a document; here it follows each one. meta.json says what was written.
 
 UserError, run_program, replacing and lock, which train.py uses too, stand first. The text of the demo stands last.
 Left out: shuffling (training draws random windows), cleaning, finding similar documents, training a tokenizer.
@@ -36,7 +36,7 @@ import time
 import urllib.request
 from array import array
 from bisect import bisect
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 SOURCES = ("demo", "tinystories", "openwebtext")
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two documents of a text file
-BLOCK = 1 << 14  # characters or bytes read at once; longer documents are cut into pieces
+BLOCK = 1 << 14  # characters or bytes read at once; longer documents are tokenised in pieces of about this size
 SHARD_TOKENS = 10**8
 
 
@@ -58,7 +58,8 @@ class UserError(Exception):
 def run_program(main):
     """Run main(argv) and return the exit code. Errors that the user can fix become one line on stderr."""
     # Python sets a closed stream to None, and tqdm cannot write to None.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # a sample may hold what an ASCII terminal cannot show
     try:
         code = main(sys.argv[1:]) or 0
@@ -94,22 +95,21 @@ def replacing(path):
 
 
 def lock(file, wait=True):
-    """Locks an open file until it is closed, if only by a kill. Returns False where another process has the lock."""
+    """Locks an open file until it is closed, or its process is dead. Returns False where another one has the lock."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        pass  # Windows and some network drives have no locks
+        pass  # Windows and some network drives have no locks: go on without one
     return True
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
-
 HEADER = struct.Struct("<3i1012x")  # magic, version, tokens
 MAGIC = 20240520
-UNFINISHED = b"{}"  # meta.json while the shards beside it are being replaced
+UNFINISHED = b"{}"  # meta.json while its shards are being replaced: without one they would pass for foreign shards
 
 
 class TokenData(NamedTuple):
@@ -121,34 +121,34 @@ class TokenData(NamedTuple):
     train: list[memoryview]  # of uint16
     val: list[memoryview]
     meta: dict  # meta.json; empty for foreign shards
-    fingerprint: str  # of the names, lengths and, where meta.json has them, sha256 sums of the shards; not of the path
+    fingerprint: str  # of the shards' names, lengths and, where meta.json has them, sha256 sums: data may be moved
 
 
 def read_shard(path):
-    """The tokens of a shard: a writable memoryview of uint16 on a private memory map. Raises UserError if damaged.
+    """The tokens of a shard: a memoryview of uint16 on a private memory map. Raises UserError if damaged.
 
-    A slice becomes a tensor without a copy: torch.frombuffer(tokens[a:b], dtype=torch.uint16).
+    A slice becomes a tensor without a copy, as it is writable: torch.frombuffer(tokens[a:b], dtype=torch.uint16).
     """
     with open(path, "rb") as file:
         magic, version, n = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
         size = os.fstat(file.fileno()).st_size - HEADER.size
         if (magic, version) != (MAGIC, 1) or n < 1 or size != 2 * n:
             raise UserError(f"{path} is not a whole shard of 16-bit tokens (header {magic}, {version}, {n}; then {size}"
-                            " bytes); make it again with prepare_data.py")
+                            " bytes); make it again with prepare_data.py --overwrite")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[HEADER.size:].cast("H")
 
 
-def write_shards(file, split, total, folder):
-    """Tokens [0, split) of a file become training shards, [split, total) validation shards. Returns meta["shards"]."""
+def write_shards(file, n_train, total, folder):
+    """The first n_train tokens of a file become training shards, the others validation shards -> meta["shards"]."""
     file.flush()
     tokens, shards = memoryview(mmap.mmap(file.fileno(), 0)).cast("H"), []
-    for name, first, last in (("train", 0, split), ("val", split, total)):
+    for name, first, last in (("train", 0, n_train), ("val", n_train, total)):
         for i, start in enumerate(range(first, last, SHARD_TOKENS)):
-            path, part = folder / f"{name}_{i:06d}.bin", tokens[start:min(start + SHARD_TOKENS, last)]
+            path, chunk = folder / f"{name}_{i:06d}.bin", tokens[start:min(start + SHARD_TOKENS, last)]
             with replacing(path) as shard:
-                shard.write(HEADER.pack(MAGIC, 1, len(part)))
-                shard.write(part)
-            shards.append({"name": path.name, "tokens": len(part), "sha256": sha256_of(path)})
+                shard.write(HEADER.pack(MAGIC, 1, len(chunk)))
+                shard.write(chunk)
+            shards.append({"name": path.name, "tokens": len(chunk), "sha256": sha256_of(path)})
     return shards
 
 
@@ -163,8 +163,8 @@ def sha256_of(path):
 
 def split_of(name):
     """Returns "train" or "val" for names like fineweb_train_000001.bin, "" for others."""
-    *words, ending = re.split("[_.-]", name)
-    return next((split for split in ("train", "val") if split in words and ending == "bin"), "")
+    words = re.split("[_.-]", name)
+    return next((split for split in ("train", "val") if split in words and name.endswith(".bin")), "")
 
 
 def is_finished(folder):
@@ -180,7 +180,8 @@ def load_data(folder):
     hint = f"; run: python prepare_data.py {source} --out {shlex.quote(str(folder))}"
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}{hint}")
-    meta, tokenizer, vocab_size, eot, sizes, sums = {}, "gpt2", 50257, 50256, {}, {}
+    meta, sizes, sums = {}, {}, {}
+    tokenizer, vocab_size, eot = "gpt2", 50257, 50256  # of foreign shards
     if meta_path.exists():
         hint += " --overwrite"  # only what prepare_data.py made may be replaced
         try:
@@ -193,12 +194,13 @@ def load_data(folder):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta_path} is damaged ({type(error).__name__}){hint}") from error
     shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
-    for name in sorted({*shards, *sizes}):
+    for name in sorted({*shards, *sizes}) if meta else ():  # one that is missing has none
         tokens, n = shards.get(name, ()), sizes.get(name, 0)
-        if meta and len(tokens) != n:
+        if len(tokens) != n:
             raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
     train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
     if not (train and val):
+        hint = hint if meta or not shards else "; add one"  # prepare_data.py leaves foreign shards alone
         raise UserError(f"{folder} has no {'validation' if train else 'training'} shard{hint}")
     contents = [(name, len(tokens), sums.get(name)) for name, tokens in shards.items()]
     return TokenData(tokenizer, vocab_size, eot, train, val, meta, hashlib.sha256(repr(contents).encode()).hexdigest())
@@ -211,7 +213,7 @@ def load_data(folder):
 
 def get_tokenizer(name):
     """The tiktoken.Encoding "gpt2", or "bytes": byte values, and token 256 for end-of-text. Raises UserError."""
-    if name == "bytes":  # nothing is ever merged, so the pattern only says how much to look at in one go
+    if name == "bytes":  # nothing is ever merged: the pattern only keeps short what is looked at in one go
         return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={SEPARATOR: 256})
     try:
@@ -224,15 +226,15 @@ def get_tokenizer(name):
 def read_text(path, errors="strict"):
     """The pieces of a UTF-8 file. Lines that are SEPARATOR stand between documents; blank documents are left out.
 
-    A byte order mark is dropped, CRLF becomes LF. Long documents are cut after a word and before whitespace, where no
-    GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
+    A byte order mark is dropped, CRLF and CR become LF. Long documents are cut behind a word and before a space, where
+    no GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
     """
     text, was_cut, begins_line = "", False, True  # was_cut: `text` continues a document
     with open(path, encoding="utf-8-sig", errors=errors) as file:
         try:
             while line := file.readline(BLOCK):  # a longer line comes in parts
                 if errors == "strict" and "\0" in line:
-                    raise UserError(f"{path} holds zero bytes, so it is no UTF-8 text; convert it first")
+                    raise UserError(f"{path} holds zero bytes, so it may be UTF-16; convert it to UTF-8 first")
                 if begins_line and line.removesuffix("\n") == SEPARATOR:
                     if was_cut or text.strip():
                         yield text.removesuffix("\n"), True
@@ -242,11 +244,11 @@ def read_text(path, errors="strict"):
                 begins_line = line.endswith("\n")
                 if len(text) > BLOCK:
                     word = re.match(r"(?s).*\S(?=[ \n])", text)
-                    cut = word.end() if word else len(text) - 1  # the last character may be the separator's newline
+                    cut = word.end() if word else len(text) - 1  # a newline at its end may belong to a separator
                     yield text[:cut], False
                     text, was_cut = text[cut:], True
         except UnicodeDecodeError as error:
-            at = file.buffer.tell() - len(error.object) + error.start
+            at = file.buffer.tell() - len(error.object) + error.start  # its buffer was read up to tell()
             raise UserError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {at}); convert it"
                             " first") from error
     if was_cut or text.strip():
@@ -256,8 +258,8 @@ def read_text(path, errors="strict"):
 def write_tokens(encoding, file, pieces, limit, paths):
     """Append the tokens of all documents to an open file; return where in the file, in tokens, each document ends.
 
-    Whole documents are kept as long as they end within the limit, if there is one. If the first one exceeds it, it is
-    truncated. `paths`: of the texts, for the progress bar. Raises UserError where there is no document.
+    limit: a place in the file, in tokens, or None. Documents are kept as long as they end before or at it. If not even
+    the first does, it is cut. paths: of the texts, for the progress bar. Raises UserError where there is no document.
     """
     begin = written = file.tell() // 2
     ends, total = array("Q"), sum(path.stat().st_size for path in paths) or None
@@ -270,23 +272,22 @@ def write_tokens(encoding, file, pieces, limit, paths):
                 bar.update(len(text.encode()))
     if written == begin:
         raise UserError("there is no document in the source; is it the right one?")
-    del ends[bisect(ends, limit or written):]
+    del ends[bisect(ends, limit or written):]  # the documents that go beyond the limit
     if not ends:
         ends.append(limit)
-        file.seek(2 * limit - 2)
+        file.seek(2 * limit - 2)  # a token has two bytes
         file.write(array("H", [encoding.eot_token]))
-    file.seek(2 * ends[-1])
+    file.seek(2 * ends[-1])  # where the next call goes on; what lies behind is overwritten or ignored
     return ends
 
 
 # ---- The Hugging Face hub --------------------------------------------------------------------------------------------
-
 # Pinned commits: next year's download is the same. Where the hub answers 404, look up the new path and edit it here.
 TINYSTORIES = ("datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
                "TinyStoriesV2-GPT4-{}.txt")
 OPENWEBTEXT = ("datasets/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/"
                "subsets/urlsf_subset{:02d}.tar")
-GIGABYTES = {"tinystories": 5, "openwebtext": 50}  # downloads, and GPT-2 tokens twice: in one file and in shards
+GIGABYTES = {"tinystories": 5, "openwebtext": 50}  # downloads, tokens in the temporary file, tokens in shards
 TIMEOUT = 10   # seconds without a byte
 TRIES = 5      # requests in a row that bring nothing new
 BACKOFF = 0.5  # seconds, doubling
@@ -304,7 +305,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, part, path):
-    """One request for what is missing of `part`, which becomes `path` when size and sha256 are the hub's.
+    """One request for what `part` still lacks. It becomes `path` when its size and sha256 are those that the hub says.
 
     Raises OSError, HTTPException or ValueError where asking again may help, and UserError where it will not.
     """
@@ -316,7 +317,7 @@ def fetch(url, part, path):
             linked = redirects.linked or response.headers
             size, sha256 = int(linked.get("X-Linked-Size", 0)), linked.get("X-Linked-ETag", "").strip('"')
             have = have if response.status == 206 else 0  # 200: no range, but the whole file again
-            if have + int(response.headers.get("Content-Length", 0)) != size:
+            if not 0 < size == have + int(response.headers.get("Content-Length", 0)):
                 raise ConnectionError("the size is not the hub's, the answer may be a web page")
             file.truncate(have)
             with tqdm.wrapattr(file, "write", desc=path.name, initial=have, total=size, disable=None) as counted:
@@ -334,8 +335,11 @@ def download(name, folder):
     url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{name}"
     path = folder / f"{name.partition('/resolve/')[2][:8]}-{Path(name).name}"
     part = Path(f"{path}.part")
+    if path.exists():
+        return path
     folder.mkdir(parents=True, exist_ok=True)
-    failures, most = 0, part.stat().st_size if part.exists() else 0  # most: bytes that were ever there
+    part.touch()
+    failures, most = 0, part.stat().st_size  # most: bytes that were ever there; a server without ranges begins again
     while not path.exists():
         try:
             fetch(url, part, path)
@@ -344,7 +348,7 @@ def download(name, folder):
             if code in (401, 403, 404):
                 raise UserError(f"{url}: {error}; if it has moved, edit its commit in prepare_data.py, else check"
                                 f" HF_ENDPOINT, or get the file yourself, as {path}") from error
-            if code == 416:  # two processes wrote into it, and it is longer than the file
+            if code == 416:  # longer than the file: where there are no locks, two processes wrote into it
                 part.write_bytes(b"")
             if code in (429, 503) and (after := error.headers.get("Retry-After")):
                 wait = min(60, int(after)) if after.isdecimal() else 60  # not a number: a date
@@ -379,7 +383,6 @@ def openwebtext(folder, subsets):
 
 
 # ---- Preparing -------------------------------------------------------------------------------------------------------
-
 VAL_FRACTION = {"demo": 320 / 22_000, "openwebtext": 0.001}  # else 0.1; TinyStories brings its own validation file
 
 
@@ -399,29 +402,29 @@ def own_files(paths):
     return {sha256_of(path): path for path in files}
 
 
-def split_at(ends, fraction, own):
+def training_tokens(ends, fraction, own):
     """How many tokens are for training: all but those of the last documents, about `fraction` of all documents.
 
     A single document is cut between tokens, and so is own text whose last documents are far from `fraction` of it.
     """
     total, n = ends[-1], max(1, round(fraction * len(ends)))
-    split = ends[-1 - n] if n < len(ends) else 0
-    fits = fraction / 2 <= (total - split) / total <= 2 * fraction
-    if split == 0 or own and not fits:
-        split = min(total - 1, round((1 - fraction) * total))
-    return split
+    n_train = ends[-1 - n] if n < len(ends) else 0
+    fits = fraction / 2 <= (total - n_train) / total <= 2 * fraction
+    if n_train == 0 or own and not fits:
+        n_train = min(total - 1, round((1 - fraction) * total))
+    return n_train
 
 
 def write_source(source, files, options, downloads, encoding, file):
     """Write the tokens of a source. Returns the ends of its documents, how many tokens are for training, and meta."""
-    limit = options.max_tokens
+    limit = options.max_tokens  # None: no limit
     if source == "tinystories":
         train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
-        val_limit = limit and max(1, limit // 10)  # None, too, where there is no limit
-        ends = write_tokens(encoding, file, read_text(train, "replace"), limit and limit - val_limit, [train])
-        split = ends[-1]
-        ends += write_tokens(encoding, file, read_text(val, "replace"), limit and split + val_limit, [val])
-        return ends, split, {}
+        of_val = limit and max(1, limit // 10)
+        ends = write_tokens(encoding, file, read_text(train, "replace"), limit and limit - of_val, [train])
+        n_train = ends[-1]
+        ends += write_tokens(encoding, file, read_text(val, "replace"), limit and n_train + of_val, [val])
+        return ends, n_train, {}
     documents = list(demo_documents()) if source == "demo" else []
     if source == "demo":
         pieces = ((text, True) for _, text, _, _ in documents)
@@ -430,28 +433,25 @@ def write_source(source, files, options, downloads, encoding, file):
     else:
         pieces = (piece for path in files for piece in read_text(path))
     ends = write_tokens(encoding, file, pieces, limit, files)
-    split = split_at(ends, VAL_FRACTION.get(source, 0.1), own=source is None)
-    if not (documents and split in ends):  # the floor is one of whole documents
-        return ends, split, {}
-    held_out = documents[ends.index(split) + 1:len(ends)]
-    floor = -sum(log_prob for _, _, log_prob, _ in held_out) / (ends[-1] - split)  # nats per token, eot counted
-    return ends, split, {"entropy_floor": floor}
+    n_train = training_tokens(ends, VAL_FRACTION.get(source, 0.1), own=source is None)
+    if not (documents and n_train in ends):  # the floor is one of whole documents
+        return ends, n_train, {}
+    held_out = documents[ends.index(n_train) + 1:len(ends)]
+    floor = -sum(log_prob for _, _, log_prob, _ in held_out) / (ends[-1] - n_train)  # nats per token, eot counted
+    return ends, n_train, {"entropy_floor": floor}
 
 
 @contextmanager
 def alone_in(folder):
     """Wait until no other process prepares this folder."""
-    handle = None
-    with suppress(OSError):  # Windows opens no folder
-        handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)  # Windows opens no folder
+    try:
         if not lock(handle, wait=False):
             print(f"waiting for another process that prepares {folder}", flush=True)
             lock(handle)
-    try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def prepare(options):
@@ -465,7 +465,10 @@ def prepare(options):
     encoding = get_tokenizer(options.tokenizer or ("bytes" if source == "demo" else "gpt2"))
     asked = {"tokenizer": encoding.name, "subsets": options.subsets, "max_tokens": options.max_tokens,
              "source": source or [[path.name, sha256] for sha256, path in files.items()]}
-    out = Path(options.out or Path("data", source or Path(options.source[0]).resolve().stem))
+    name = source or Path(os.path.abspath(options.source[0])).stem
+    if not (source or options.out) and name in SOURCES:
+        raise UserError(f"data/{name} is for the source {name}; choose another folder with --out")
+    out = Path(options.out or Path("data", name))
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         meta_path = out / "meta.json"
@@ -473,7 +476,8 @@ def prepare(options):
         unfinished = meta_path.exists() and not is_finished(out)
         if (old or meta_path.exists()) and not unfinished and not options.overwrite:
             if load_data(out).meta.get("options") != asked:
-                raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
+                overwrite = "add --overwrite, or " if meta_path.exists() else ""  # not offered for foreign shards
+                raise UserError(f"{out} holds other data; {overwrite}choose another --out")
             print(f"{out} holds this already; --overwrite makes it again")
             return
         if source in GIGABYTES and not options.max_tokens:
@@ -483,12 +487,12 @@ def prepare(options):
                 raise UserError(f"{line}; make room, choose another --out, or take less with --max-tokens")
             print(line)
         with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
-            ends, split, more = write_source(source, files.values(), options, out / "downloads", encoding, file)
+            ends, n_train, more = write_source(source, files.values(), options, out / "downloads", encoding, file)
             with replacing(meta_path) as meta_file:
                 meta_file.write(UNFINISHED)
             for path in old:
                 path.unlink()
-            shards = write_shards(file, split, ends[-1], out)
+            shards = write_shards(file, n_train, ends[-1], out)
         longest = max(end - begin for begin, end in pairwise(array("Q", [0]) + ends))
         meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
                 "documents": len(ends), "tokens": ends[-1], "longest_document": longest, "options": asked, **more,
@@ -496,7 +500,7 @@ def prepare(options):
         with replacing(meta_path) as meta_file:
             meta_file.write(json.dumps(meta, indent=1).encode())
     floor = f"; entropy floor {more['entropy_floor']:.4f} nats per token" if more else ""
-    print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens, {ends[-1] - split:,} of them for validation{floor}")
+    print(f"{out}: {len(ends):,} documents, {ends[-1]:,} tokens, {ends[-1] - n_train:,} of them for validation{floor}")
 
 
 def main(argv=None):
@@ -511,6 +515,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.max_tokens is not None and options.max_tokens < 2:
         parser.error("--max-tokens must be at least 2")
+    if options.subsets and options.source != ["openwebtext"]:
+        parser.error("--subsets is for openwebtext; --max-tokens is for any source")
     prepare(options)
     return 0
 
@@ -518,16 +524,15 @@ def main(argv=None):
 # ---- The embedded corpus ---------------------------------------------------------------------------------------------
 # A grammar of tiny documents that knows the probability of what it says: the mean of -log_prob over the same documents
 # is a floor that no model beats on average. For that, every text must have exactly one derivation: no alternative of a
-# rule is a prefix of another, no slot is optional, and draws are ordered.
+# rule is a prefix of another, no slot is optional, and slots are filled from left to right.
 
 KINDS = ("story", "recipe", "sums", "program")  # equally likely; each names the rule of its whole document
 
-# Alternatives are divided by "|" and equally likely. Within a document each one is used at most once. Slots are filled
-# from left to right:
+# Alternatives are divided by "|" and equally likely. Within a document each one is used at most once. Slots:
 #     {name}       an alternative of the rule `name`          {A=name}    the same, remembered as A
 #     {M=1..9}     a number, remembered; bounds may be sums   {A} {M+N}   what is remembered, or a sum of it
-# Few things have to be remembered, because small models learn to copy late; so a sum stands beside its answer. No
-# document is longer than 243 bytes.
+# Small models learn late to copy. So little has to be remembered, and a sum stands beside its answer. No document is
+# longer than 243 bytes.
 GRAMMAR = {rule: alternatives.split("|") for rule, alternatives in {
     "story":
         "One {weather} {hour} {A=name} the {mood} {animal} found a {look} {X=thing} {place}. The {X} {trouble}. "
@@ -598,41 +603,38 @@ def demo_documents(seed=0, n_documents=22_000):
     """Yield (kind, text, log_prob, copies): ASCII text below 250 bytes; its natural log probability, kind and end
     included; and spans [first, end) of characters that repeat what is remembered. The answer of a sum is no copy.
 
-    The end costs nothing because no text is the beginning of another one. Only `Random.random` is used: Python promises
+    The end has probability 1, as no text begins another. Only `Random.random` is used: Python promises
     the same numbers for the same seed in every version, which it does not for `choice` or `shuffle`.
     """
     uniform = random.Random(seed).random
     for _ in range(n_documents):
         kind = KINDS[int(uniform() * len(KINDS))]
         marked, log_prob = _fill(GRAMMAR[kind][0], uniform, {}, set())
-        parts = re.split("[{}]", marked)  # every second one is a copy
+        parts = re.split("[{}]", marked)  # text, copy, text, copy, ..., text
         ends = [*accumulate(map(len, parts))]
         yield kind, "".join(parts), log_prob - math.log(len(KINDS)), [*zip(ends[::2], ends[1::2])]
 
 
 def _fill(template, uniform, memory, used):
     """Fill the slots of a template; return the text, with {} around copies, and the log probability of its draws."""
+    text, *slots = re.split(r"{(?:(\w)=)?(.+?)}", template)  # text, then a variable or None, its source, text, ...
     log_prob = 0.0
-
-    def fill(slot):
-        nonlocal log_prob
-        variable, source = slot.groups()
+    for variable, source, behind in zip(slots[::3], slots[1::3], slots[2::3]):
         if source in GRAMMAR:
-            options = [option for option in GRAMMAR[source] if option not in used]
-            choice = options[int(uniform() * len(options))]
+            choices = [choice for choice in GRAMMAR[source] if choice not in used]
+            choice = choices[int(uniform() * len(choices))]
             used.add(choice)
             filled, inner = _fill(choice, uniform, memory, used)
-            log_prob += inner - math.log(len(options))
+            log_prob += inner - math.log(len(choices))
         elif ".." in source:
             low, high = (eval(bound, {}, memory) for bound in source.split(".."))
             filled = low + int(uniform() * (high - low + 1))
             log_prob -= math.log(high - low + 1)
         else:
             filled = "{" + str(memory[source]) + "}" if source in memory else eval(source, {}, memory)
-        memory[variable] = filled  # variable is None for unnamed slots
-        return str(filled)
-
-    return re.sub(r"{(?:(\w)=)?(.+?)}", fill, template), log_prob
+        memory[variable] = filled
+        text += f"{filled}{behind}"
+    return text, log_prob
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
-import erc_moe  # before torch: it filters the warning that torch prints where numpy is missing
+import erc_moe  # before torch: it silences torch's warning about a missing numpy, which nothing here uses
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from erc_moe import MoEConfig, MoETransformer, setting
 from prepare_data import UserError
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-DTYPES = dict(auto=None, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+DTYPES = dict(auto=torch.float32, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class TrainConfig:
     data: str = setting("data/demo", "folder of token shards, made by prepare_data.py")
     out: str = setting("out/demo", "run folder")
     steps: int = setting(1300, "optimizer steps", least=1)
-    seed: int = setting(0, "of initial weights, batches, noise and samples")
+    seed: int = setting(0, "seeds initial weights, batches, noise and samples")
     batch_size: int = setting(8, "sequences in a micro-batch (of each process)", least=1)
-    accumulate: int = setting(1, "micro-batches in a step (of each process)", least=1)
+    accumulate: int = setting(1, "gradient accumulation: micro-batches in a step (of each process)", least=1)
     lr: float = setting(4e-3, "peak learning rate")
-    warmup: int = setting(60, "steps from 0 to the peak, from which a cosine falls to a tenth of it")
-    moe_weight_decay: float = setting(1.3, "AdamW's, of R, W_g, W_p and W_o; chosen as said beside the presets")
-    weight_decay: float = setting(0.1, "AdamW's, of all other matrices")
+    warmup: int = setting(60, "steps of linear warm-up; then a cosine falls to a tenth of the peak")
+    moe_weight_decay: float = setting(1.3, "weight decay of router and experts: R, W_g, W_p and W_o")
+    weight_decay: float = setting(0.1, "weight decay of all other matrices")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
     log_every: int = setting(100, "steps between lines in the log", least=1)
     eval_every: int = setting(650, "steps between evaluations; 0: only at the end")
@@ -61,10 +62,10 @@ class TrainConfig:
     device: str = setting("auto", "auto (cuda, else cpu), cpu, cuda, cuda:1, mps ...")
     dtype: str = setting("auto", "auto, fp32, bf16 or fp16: the type of the matrix products; weights stay float32")
     compile: bool = setting(False, "compile the model; needs bf16")
-    balance_weight: float = setting(0.01, "of the load-balancing loss")
-    z_weight: float = setting(0.0, "of the router z-loss")
-    erc_weight: float = setting(1.0, "of the ERC loss; 0: a plain MoE")
-    erc_alpha: float = setting(1.0, "of the ERC loss, 0 to 1 in the paper; smaller is stricter")
+    balance_weight: float = setting(0.01, "weight of the load-balancing loss")
+    z_weight: float = setting(0.0, "weight of the router z-loss")
+    erc_weight: float = setting(1.0, "weight of the ERC loss; 0: a plain MoE")
+    erc_alpha: float = setting(1.0, "alpha of the ERC loss, 0 to 1 in the paper; smaller is stricter")
     sample_tokens: int = setting(300, "longest continuation", least=1)
     temperature: float = setting(0.8, "of samples; 0: the likeliest token")
 
@@ -74,13 +75,13 @@ class TrainConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-# Every setting is a flag, but for vocab_size, which comes from the data.
+# Every setting is a flag, except for vocab_size, which comes from the data.
 FLAGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.name != "vocab_size"]
 # For one GPU with 24 GB, with many small experts, as in the paper.
-FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8, lr=1e-3, eval_every=500,
-                 save_every=1000)
-# AdamW forgets a weight by lr * decay in each step. In all presets the sum of it over the steps is 3.7 for router and
-# experts, as in the paper, whose decay is 0.1 in a run of 167,000 steps. With 0.1, shorter runs forget next to nothing.
+FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8,
+                 lr=1e-3, eval_every=500, save_every=1000)
+# AdamW shrinks a weight by lr * decay in each step. For router and experts the sum of it over a run is about 3.7, here
+# as in the paper, whose decay is 0.1 in 167,000 steps. With 0.1, runs as short as these would forget next to nothing.
 PRESETS = {
     "demo": {},
     "tinystories": dict(FOR_A_GPU, data="data/tinystories", out="out/tinystories", context_length=512,
@@ -89,20 +90,20 @@ PRESETS = {
                         batch_size=8, accumulate=16, steps=30_000, warmup=1000, moe_weight_decay=0.22),
 }
 VAL_WINDOWS = 128  # at 512 tokens each, the standard error of val_ce is about 0.01 nats
-LOG_COLUMNS = ("step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr"
-               " grad_norm tokens_per_s").split()
-RESUME_MAY_CHANGE = ("data out steps lr grad_clip log_every eval_every save_every device compile sample_tokens"
-                     " temperature").split()
+LOG_COLUMNS = """step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr
+    grad_norm tokens_per_s""".split()
+RESUME_MAY_CHANGE = """data out steps lr grad_clip log_every eval_every save_every device compile sample_tokens
+    temperature""".split()  # without making the steps that are done another run's
 
 
 def configs(values):
-    """(TrainConfig, MoEConfig) of values by name; names of neither are ignored. Raises ValueError for bad values."""
+    """A dict of settings, of which others than theirs are ignored -> [TrainConfig, MoEConfig]."""
     return [kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
             for kind in (TrainConfig, MoEConfig)]
 
 
 def learning_rate(config, step):
-    """Of a step, counted from 1: a linear warm-up, then a cosine down to a tenth of the peak."""
+    """A linear warm-up, then a cosine down to a tenth of the peak. Steps count from 1."""
     if step <= config.warmup:
         return config.lr * step / config.warmup
     progress = (step - config.warmup) / (config.steps - config.warmup)
@@ -110,22 +111,24 @@ def learning_rate(config, step):
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
-# Shapes in this file: B sequences of at most T tokens, N tokens that count, L layers, n experts, K of them for a token.
+# Shapes: B sequences of at most T tokens, N tokens that count, L layers, n experts, K of them for a token. As in
+# erc_moe.py, d is the width of the model and D that of an expert.
 
 
 def keyed_generator(device, *key):
     """A random generator of its own for each key, such as (seed, step, "erc")."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # a seed has 63 bits
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # as a signed integer of 64 bits
 
 
 def check_data(data, T):
-    """UserError where a split is too short for a window, or where foreign shards hold ids that GPT-2 does not have."""
+    """UserError where a split is too short for a window, or where shards of others hold ids that GPT-2 does not have.
+    """
     val, train = (max(map(len, shards)) for shards in (data.val, data.train))
     if min(val, train) <= T:
         raise UserError(f"a window is {T + 1} tokens; the largest validation shard has {val}, the largest training"
                         f" shard {train}: lower --context-length, or add text")
-    if not data.meta:  # so prepare_data.py has not made them
+    if not data.meta:  # not made by prepare_data.py: every token is read, once in a run
         for shard in (*data.train, *data.val):
             largest = max(part.int().max() for part in torch.frombuffer(shard, dtype=torch.uint16).split(1 << 24))
             if largest >= data.vocab_size:
@@ -136,16 +139,16 @@ def check_data(data, T):
 def train_batch(data, T, batch_size, generator):
     """Windows of T + 1 tokens, drawn with replacement -> (inputs, targets), both [B, T], int64, on the CPU.
 
-    A window begins anywhere, also inside a document, and behind the last token of a shard comes its first. So every
+    A window begins at any token, also inside a document, and behind the last token of a shard comes its first. So every
     token is a target equally often, end-of-text too, whatever the lengths of the documents.
     """
-    lengths = torch.tensor([len(shard) for shard in data.train])
+    ends = torch.tensor([len(shard) for shard in data.train]).cumsum(0)
     rows = []
-    for offset in torch.randint(int(lengths.sum()), (batch_size,), generator=generator):
-        index = int(torch.searchsorted(lengths.cumsum(0), offset, right=True))
+    for offset in torch.randint(int(ends[-1]), (batch_size,), generator=generator):
+        index = int(torch.searchsorted(ends, offset, right=True))
         shard = torch.frombuffer(data.train[index], dtype=torch.uint16)                # no copy, whatever its length
-        places = (offset - lengths[:index].sum() + torch.arange(T + 1)) % len(shard)   # (T + 1,)
-        rows.append(shard[places].long())                                              # (T + 1,)
+        positions = (offset - ends[index] + torch.arange(T + 1)) % len(shard)          # (T + 1,)
+        rows.append(shard[positions].long())                                           # (T + 1,)
     window = torch.stack(rows)                                                         # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 
@@ -158,8 +161,8 @@ def documents_fit(data, T):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    Where the entropy floor is known and all documents fit: every whole document, as the floor assumes. Otherwise up to
-    VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
+    The entropy floor is one of whole documents: where it is known, and they fit, the batches have each of them. Else
+    they have about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
     """
     rows, shards = [], [torch.frombuffer(shard, dtype=torch.uint16) for shard in data.val if len(shard) > T]
     for shard in shards:
@@ -174,7 +177,7 @@ def validation_batches(data, T, batch_size):
     rows.sort(key=len)  # so that there is little padding
     padded = [torch.nn.utils.rnn.pad_sequence(rows[i : i + batch_size], batch_first=True, padding_value=-100)
               for i in range(0, len(rows), batch_size)]
-    return [(batch[:, :-1].clamp(min=0), batch[:, 1:]) for batch in padded]            # (B, T) each; an input is an id
+    return [(batch[:, :-1].clamp(min=0), batch[:, 1:]) for batch in padded]            # (B, T) each; -100 is no input
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -184,8 +187,10 @@ def responses(moe, x):
         return torch.einsum("Nd,ndD->NnD", x.to(moe.W_g.dtype), moe.W_g).norm(dim=-1)
 
 
-def watched(model, inputs, targets):
-    """A forward pass -> (its mean cross-entropy, what entered each MoE layer and then the last norm, [B, T, d] each).
+def layer_inputs(model, inputs, targets):
+    """A forward pass -> (mean cross-entropy, [what entered each MoE layer, ..., what entered the last norm]).
+
+    inputs, targets [B, T] -> what entered [B, T, d] each.
     """
     entered = []
     hooks = [module.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
@@ -197,11 +202,10 @@ def watched(model, inputs, targets):
 
 
 def forced_ce(model, x, states, first, targets):
-    """What if other experts were in the last MoE layer's first slot? -> cross-entropy of each token, [N], in nats.
+    """What if the last MoE layer's first slot had another expert? -> cross-entropy of each token, [N], in nats.
 
-    x [N, d] enters that layer, states [N, d] the norm behind it, first [N] holds the experts. The router's best K - 1
-    others keep the other slots, and the slots their weights. What a token's experts do in the last layer reaches no
-    other token, so that each token is a trial of its own.
+    x [N, d] enters that layer, states [N, d] the last norm, first [N] are the experts. The other K - 1 slots go to the
+    router's best others, and each slot keeps its weight. No attention follows, so all tokens can be tried at once.
     """
     moe = model.moe_layers()[-1]
     logits, _, weights, experts = moe.route(x)                                         # (N, n), -, (N, K), (N, K)
@@ -215,8 +219,8 @@ def forced_ce(model, x, states, first, targets):
 def evaluate(model, batches, device, autocast):
     """{"val_ce", "response_ce", "agreement"}, means over all targets that count.
 
-    val_ce: pure cross-entropy, in nats per token. response_ce: what it would be if the last layer's first slot went to
-    the expert that responds most, argmax_j ||x W_g[j]||. agreement: how often that expert is the router's first choice,
+    val_ce: pure cross-entropy, in nats per token. response_ce: the same if the last layer's first slot goes to the
+    expert that responds most, argmax_j ||x W_g[j]||. agreement: how often that expert is the router's first choice,
     mean over layers.
     """
     layers, sums, total = model.moe_layers(), torch.zeros(3, device=device), 0
@@ -224,12 +228,12 @@ def evaluate(model, batches, device, autocast):
         inputs, targets = inputs.to(device), targets.to(device)
         counted = targets >= 0                                                         # (B, T)
         with autocast():
-            ce, entered = watched(model, inputs, targets)
+            ce, entered = layer_inputs(model, inputs, targets)
             *xs, states = (tensor[counted] for tensor in entered)                      # (N, d) each
-            strongest = [responses(moe, x).argmax(dim=1) for moe, x in zip(layers, xs)]        # L times (N,)
-            agreed = [moe.route(x)[-1][:, 0] == first for moe, x, first in zip(layers, xs, strongest)]
+            strongest = torch.stack([responses(moe, x).argmax(dim=1) for moe, x in zip(layers, xs)])   # (L, N)
+            chosen = torch.stack([moe.route(x)[-1][:, 0] for moe, x in zip(layers, xs)])       # (L, N)
             forced = forced_ce(model, xs[-1], states, strongest[-1], targets[counted])         # (N,)
-        sums += torch.stack((ce * len(states), forced.sum(), torch.stack(agreed).sum() / len(layers)))
+        sums += torch.stack((ce * len(states), forced.sum(), (chosen == strongest).sum() / len(layers)))
         total += len(states)
     return dict(zip(("val_ce", "response_ce", "agreement"), (sums / total).tolist()))
 
@@ -245,19 +249,19 @@ def load_checkpoint(folder):
             if damaged := archive.testzip():  # torch compares no checksums: damaged weights would load in silence
                 raise ValueError(f"wrong checksum in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that may be in it
-        return {name: dict(state)[name] for name in ("config", "model", "optimizer", "scaler", "step", "data",
-                                                     "tokenizer", "processes")}
+        return {name: state[name] for name in "config model optimizer scaler step data tokenizer processes".split()}
     except (OSError, MemoryError):
-        raise  # the file may be intact
+        raise  # no sign of damage
     except Exception as error:  # damage shows as errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not from train.py ({reason}); train again with --overwrite") from error
 
 
 def open_log(folder, step, resume, overwrite):
-    """log.csv of a run folder, open to append to, without lines after `step`. UserError where the folder holds a run.
+    """log.csv of a run folder, open to append to: with resume cut back to `step`, else empty but for its header.
 
-    The open file is locked: as long as this process lives, no other one trains in the same folder.
+    It is locked as long as this process lives. UserError where another one trains in the folder, or where the folder
+    holds a run and neither resume nor overwrite is said.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "log.csv", "a+", encoding="utf-8", newline="")
@@ -277,7 +281,7 @@ def open_log(folder, step, resume, overwrite):
 
 
 # ---- A run -----------------------------------------------------------------------------------------------------------
-def processes():
+def rank_and_world_size():
     """(rank, number of processes), as torchrun says."""
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if dist.is_torchelastic_launched() else (0, 1)
 
@@ -301,19 +305,19 @@ def pick_dtype(name, device):
     """The type of the matrix products. auto: float32, but on CUDA bfloat16 where it is native, or else float16."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return DTYPES[name] or torch.float32
+    return DTYPES[name]
 
 
 class Run:
     """What a run carries from step to step: data, model, optimizer, scaler, log, and the number of the last step.
 
-    moe: MoEConfig; its vocab_size comes from the data. model: one's own instead, with the methods of MoETransformer.
-    state: a checkpoint to go on from. UserError for whatever the user can put right, before the run folder is changed.
+    moe: MoEConfig; its vocab_size comes from the data. model: trained instead of a new MoETransformer, whose methods and
+    attributes it needs; no dropout. state: a checkpoint to go on from. UserError for whatever the user can put right.
     """
 
     def __init__(self, config, moe=None, model=None, state=None, overwrite=False):
         self.config, self.step = config, 0
-        self.rank, self.processes = processes()
+        self.rank, self.processes = rank_and_world_size()
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.compile and self.dtype != torch.bfloat16:
@@ -327,28 +331,30 @@ class Run:
         self.step_tokens = config.batch_size * config.accumulate * self.processes * self.context
         check_data(self.data, self.context)
         self.val = validation_batches(self.data, self.context, config.batch_size)
-        of_moe = {p for moe in self.model.moe_layers() for p in moe.parameters()}
+        of_moe = {p for layer in self.model.moe_layers() for p in layer.parameters()}
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         groups = [dict(params=[p for p in matrices if p not in of_moe], weight_decay=config.weight_decay),
                   dict(params=[p for p in self.model.parameters() if p.ndim < 2], weight_decay=0.0),
                   dict(params=[p for p in matrices if p in of_moe], weight_decay=config.moe_weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # For training. Evaluation takes self.model, the same weights: its shapes vary, and would compile again.
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if config.compile else self.model
         if state:
             self.restore(state)
         self.log = open_log(Path(config.out), self.step, bool(state), overwrite) if self.rank == 0 else None
-        # After open_log: where that fails, the other processes wait here for torchrun to end them, without a traceback.
+        # Where rank 0 fails before, the others wait here until torchrun ends them, without a traceback of theirs.
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        if overwrite and self.log:
+        if overwrite and self.log:  # last, when nothing can fail any more
             Path(config.out, "ckpt.pt").unlink(missing_ok=True)
 
     def save(self):
         """Replaces ckpt.pt, all that a resumed run needs, as tensors and plain values. UserError on a full disk."""
-        state = dict({name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")},
-                     step=self.step, config={**asdict(self.model.config), **asdict(self.config)},
-                     data=self.data.fingerprint, tokenizer=self.data.tokenizer, processes=self.processes)
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     scaler=self.scaler.state_dict(), step=self.step, processes=self.processes,
+                     data=self.data.fingerprint, tokenizer=self.data.tokenizer,
+                     config={**asdict(self.model.config), **asdict(self.config)})
         path = Path(self.config.out, "ckpt.pt")
         try:
             with prepare_data.replacing(path) as file:
@@ -365,7 +371,7 @@ class Run:
             raise UserError(f"the run to resume had {state['processes']} processes, not {self.processes}; start as"
                             " many again")
         for name in ("model", "optimizer", "scaler"):
-            if state[name]:  # a scaler's is empty unless float16, and --dtype auto may be another type here
+            if state[name]:  # a scaler's is empty unless the type is float16, and auto may be another type here
                 getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
 
@@ -373,7 +379,10 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, step, i):
-        """Micro-batch i of a step -> inputs, targets, both [B, T] on the device.  i counts over all processes."""
+        """Micro-batch i of a step -> inputs, targets, both [B, T] on the device.
+
+        i counts over the micro-batches of all processes: what is trained on does not depend on how many there are.
+        """
         tokens = train_batch(self.data, self.context, self.config.batch_size,
                              keyed_generator("cpu", self.config.seed, step, "batch", i))
         if self.device.type == "cuda":  # a copy from pinned, contiguous memory does not block
@@ -381,14 +390,17 @@ class Run:
         return [part.to(self.device, non_blocking=True) for part in tokens]
 
     def average(self, means, load):
-        """Data parallelism: gradients and means become those of all processes, loads are added up."""
+        """Data parallelism: gradients and means become those of all processes, loads are added up.
+
+        Gradients are still scaled: what is infinite in one process is so in all, and all skip the step.
+        """
         averaged = [p.grad for p in self.model.parameters() if p.grad is not None] + [means]
         for tensor in [*averaged, load]:
             dist.all_reduce(tensor)
         torch._foreach_div_(averaged, self.processes)
 
     def any_signal(self, came):
-        """The number of a signal that some process got, or 0, so that all leave after the same step."""
+        """The number of a signal that any process got, or 0: all stop after the same step."""
         number = torch.tensor(max(came, default=0))  # on the CPU: no GPU has to wait for it
         if self.processes > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -403,12 +415,13 @@ def signals_noted():
     One that is ignored, as under nohup, stays so. Python allows handlers in the main thread alone.
     """
     came, before, hangup = [], {}, getattr(signal, "SIGHUP", None)  # Windows has none
-    terminals = [number for number in (1, 2) if os.isatty(number)]  # asked now: a closed one says no
+    terminals = [number for number in (1, 2) if os.isatty(number)]  # asked now: one that is closed says no
 
     def note(number, frame):
         came.append(number)
-        for terminal in terminals if number == hangup else ():  # what is still printed goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if number == hangup:  # what is still printed goes nowhere
+            for terminal in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     with contextlib.suppress(ValueError):  # not the main thread
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
@@ -425,46 +438,46 @@ def train(run, extra_loss=None, watch=None):
     """Trains, and returns the last logged row as a dict, with `signal`: 0, or the number of the one that stopped it.
 
     extra_loss: a function of the model -> scalar, added once per step, as the ERC loss is; it has to be the same on all
-    processes. watch: a function of (model, step), called on each after an evaluation. UserError for a loss that is not
-    finite, or a full disk; what was saved before is intact.
+    processes. watch: a function of (model, step), called on every process after each evaluation. UserError for a loss
+    that is not finite, or where a checkpoint cannot be saved; what was saved before is intact.
     """
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
-    row, stop = {}, 0
+    row, stop, first = {}, 0, run.step + 1
     timed_from, clock = run.step, time.perf_counter()
     introduce(run)
-    has_bar = run.log and sys.stderr and sys.stderr.isatty()  # sys.stderr is None where the shell has closed it
     with (signals_noted() as signals, run.log or contextlib.nullcontext(),
-          tqdm(total=config.steps, initial=run.step, unit="step", disable=not has_bar) as bar):
-        for step in range(run.step + 1, config.steps + 1):
-            last = step == config.steps
-            evaluates = last or (config.eval_every and step % config.eval_every == 0)
-            logs = evaluates or step == 1 or step % config.log_every == 0
+          tqdm(total=config.steps, initial=run.step, unit="step", disable=not run.log or None) as bar):
+        for step in range(first, config.steps + 1):
+            is_last = step == config.steps
+            do_eval = is_last or (config.eval_every and step % config.eval_every == 0)
+            do_log = do_eval or step == 1 or step % config.log_every == 0
 
-            # The gradient of the text. All processes together see what one with all their micro-batches
-            # sees.
+            # 1. The gradient of cross-entropy, balance and z-loss: the mean over all micro-batches of all processes.
             means, load = torch.zeros(3, device=run.device), 0
-            for i in range(run.rank * config.accumulate, (run.rank + 1) * config.accumulate):
+            for i in range(config.accumulate):
+                inputs, targets = run.batch(step, run.rank * config.accumulate + i)    # (B, T) each
                 with run.autocast():
-                    ce, balance, z, layer_load = run.forward(*run.batch(step, i))[1:]  # its logits need not be kept
+                    ce, balance, z, micro_load = run.forward(inputs, targets)[1:]  # its logits need not be kept
                     loss = ce + config.balance_weight * balance + config.z_weight * z
                 scaler.scale(loss / config.accumulate).backward()
                 means += torch.stack((ce, balance, z)).detach() / config.accumulate    # (3,)
-                load = load + layer_load                                               # (L, n)
+                load = load + micro_load                                               # (L, n)
             if run.processes > 1:
                 run.average(means, load)
             scaler.unscale_(optimizer)
 
-            # The gradient of the ERC loss, a function of the weights alone: once per step, in float32, unscaled. It is
+            # 2. The gradient of the ERC loss, a function of the weights alone: once per step, in float32, unscaled, and
             # the same on every process.
-            if logs or config.erc_weight > 0:
+            if do_log or config.erc_weight > 0:
                 erc = model.erc_loss(config.erc_alpha, keyed_generator(run.device, config.seed, step, "erc"))
             if config.erc_weight > 0:
                 (config.erc_weight * erc).backward()
             if extra_loss:
                 extra_loss(model).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
-            if logs:  # before the update: of the weights that ce is of
+            # 3. The update.
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            if do_log:  # before the weights change
                 row = log_row(run, step, means, load, erc, norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -474,36 +487,37 @@ def train(run, extra_loss=None, watch=None):
             run.step = step
             bar.update()
 
+            # 4. What is seen and kept of it.
             stop = run.any_signal(signals)
-            saves = last or stop or (config.save_every and step % config.save_every == 0)
-            if not (logs or saves):
+            do_save = is_last or stop or (config.save_every and step % config.save_every == 0)
+            if not (do_log or do_save):
                 continue
-            check_finite(run, means[0])
+            check_finite(run, means[0])  # waits for the GPU, so that the clock is right
             seconds, steps = time.perf_counter() - clock, step - timed_from
-            if evaluates:
+            if do_eval:
                 row.update(evaluate(model, run.val, run.device, run.autocast))
                 if watch:
                     watch(model, step)
-            if logs:
+            if do_log and run.log:
                 row["tokens_per_s"] = steps * run.step_tokens / seconds
-            if logs and run.log:
                 csv.DictWriter(run.log, LOG_COLUMNS, lineterminator="\n").writerow(row)
                 run.log.flush()
-            if saves and run.log:  # after the line of this step, which a resumed run does not write again
+            if do_save and run.log:  # after the line of this step, which a resumed run does not write again
                 run.save()
-            if logs and run.log:
-                with bar.external_write_mode(), contextlib.suppress(BrokenPipeError):  # trains on, as log.csv has it
-                    print(log_line(run, row, seconds / steps if steps > 1 else None), flush=True)
+            if do_log and run.log:  # last: who sees the line may count on what it tells of
+                with bar.external_write_mode(), contextlib.suppress(OSError):  # nobody reads: log.csv has it
+                    print(log_line(run, row, None if step == first else seconds / steps), flush=True)
             timed_from, clock = step, time.perf_counter()
             if stop:
                 break
-    return dict(row, signal=0 if run.step == config.steps else stop)
+    return dict(row, signal=0 if run.step == config.steps else stop)  # one that came in the last step stopped nothing
 
 
 def check_finite(run, ce):
     """UserError where the weights or the loss are not finite: a NaN of an earlier step stays in the weights.
 
-    A float16 scaler that finds no finite gradient halves its scale for ever: it starts at 65,536.
+    A float16 scaler that never finds a finite gradient skips every step. The weights stay finite, and its scale, 65,536
+    at first, is halved for ever.
     """
     finite = (torch.nn.utils.get_total_norm(run.model.parameters()) + ce).isfinite()
     if not finite or run.scaler.get_scale() < 1e-4:
@@ -523,31 +537,36 @@ def introduce(run):
 
 @torch.no_grad()
 def log_row(run, step, means, load, erc, norm):
-    """What log.csv says of a step, but for speed and evaluation. epsilon, violated and coupling are without noise."""
+    """The row of log.csv, without speed and evaluation. erc is with noise; epsilon, violated, coupling are without."""
     share = load / load.sum(dim=1, keepdim=True)                                       # (L, n)
     layers = [(erc_moe.noise_bound(moe.R).mean(),
                *erc_moe.coupling_report(erc_moe.activation_norms(moe.R, moe.W_g), run.config.erc_alpha))
               for moe in run.model.moe_layers()]
     epsilon, violated, coupling = (torch.stack(of_layers).mean().item() for of_layers in zip(*layers))
     return dict(zip(("ce", "balance", "z"), means.tolist()), step=step, tokens=step * run.step_tokens, erc=erc.item(),
-                epsilon=epsilon, violated=violated, coupling=coupling, max_load=share.max().item() * load.size(1),
-                dead=int((load == 0).sum()), lr=learning_rate(run.config, step), grad_norm=norm.item())
+                epsilon=epsilon, violated=violated, coupling=coupling, lr=learning_rate(run.config, step),
+                max_load=share.max().item() * load.size(1),  # of the busiest expert; 1: all have the same
+                dead=int((load == 0).sum()), grad_norm=norm.item())
 
 
 def log_line(run, row, seconds):
     """A row of log.csv as a line on the console; seconds: of a step, None where that is not known yet."""
     step, steps, model = row["step"], run.config.steps, run.model
-    val = f"val_ce {row['val_ce']:.4f} | agreement {row['agreement']:.0%} | " if "val_ce" in row else ""
-    line = (f"step {step:5d} {step / steps:4.0%} | ce {row['ce']:.4f} | {val}balance {row['balance']:.3f} | erc"
-            f" {row['erc']:.4f} | violated {row['violated']:.1%} | coupling {row['coupling']:.2f} | lr {row['lr']:.1e}"
-            f" | norm {row['grad_norm']:.2f} | {row['tokens_per_s']:,.0f} tok/s")
+    parts = [f"step {step:5d} {step / steps:4.0%}", f"ce {row['ce']:.4f}"]
+    if "val_ce" in row:
+        parts += [f"val_ce {row['val_ce']:.4f}", f"agreement {row['agreement']:.0%}"]
+    parts += [f"balance {row['balance']:.3f}", f"erc {row['erc']:.4f}", f"violated {row['violated']:.1%}",
+              f"coupling {row['coupling']:.2f}", f"lr {row['lr']:.1e}", f"norm {row['grad_norm']:.2f}",
+              f"{row['tokens_per_s']:,.0f} tok/s"]
     if run.device.type == "cuda":
-        # 2 operations a weight forward, 4 backward; and scores and values of T/2 earlier tokens in each layer.
+        # 2 operations a weight forward, 4 backward; and scores and values of T/2 earlier tokens in each layer, as
+        # attention is causal. The ERC loss is not counted.
         weights = model.num_params()[1] - (0 if model.config.tie_embeddings else model.embedding.weight.numel())
         flops = 6 * weights + 6 * model.config.n_layers * run.context * model.config.d_model
-        line += f" | {flops * row['tokens_per_s'] / run.processes / 1e12:.1f} TFLOP/s"
-    minutes, rest = divmod(round((seconds or 0) * (steps - step)), 60)
-    return line + (f" | {minutes}:{rest:02d} left" if seconds and step < steps else "")
+        parts.append(f"{flops * row['tokens_per_s'] / run.processes / 1e12:.1f} TFLOP/s")
+    if seconds and step < steps:
+        parts.append(f"{timedelta(seconds=round(seconds * (steps - step)))} left")
+    return " | ".join(parts)
 
 
 # ---- Samples, and the command line -----------------------------------------------------------------------------------
@@ -563,13 +582,14 @@ def sample(model, tokenizer, prompt, config):
 def report(run, result, argv):
     """Prints how a run ended: quality, memory, a sample, and what one may do next."""
     out, floor = shlex.quote(run.config.out), run.data.meta.get("entropy_floor")
+    program = "python train.py" if run.processes == 1 else "torchrun ... train.py"
     if result["signal"]:
-        print(f"stopped and saved; go on with: python train.py --out {out} --resume")
+        print(f"stopped and saved; go on with: {program} --out {out} --resume")
         return
     print(f"\nval_ce {result['val_ce']:.4f} nats per token"
           + (f", {result['val_ce'] / floor:.3f} times the entropy floor of this corpus, {floor:.4f}"
              if floor and documents_fit(run.data, run.context) else "")
-          + f"\n       {result['response_ce']:.4f} if the last layer asked first the expert that responds most")
+          + f"\n       {result['response_ce']:.4f} if the last layer's first slot goes to the strongest response")
     if run.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     try:
@@ -577,14 +597,15 @@ def report(run, result, argv):
     except UserError as error:  # no network, no vocabulary: the run is done all the same
         print(f"\nno sample: {error}\n")
     print(f"more samples:      python train.py --out {out} --sample \"...\"\n"
-          f"train longer:      python train.py --out {out} --resume --steps {2 * run.config.steps}")
+          f"train longer:      {program} --out {out} --resume --steps {2 * run.config.steps}")
     if run.config.erc_weight > 0 and "--resume" not in argv:
         plain = shlex.join([*argv, "--erc-weight", "0", "--out", f"{run.config.out}-plain"])
-        print(f"without the loss:  python train.py {plain}")
+        print(f"without the loss:  {program} {plain}")
 
 
 def make_parser(argv):
-    """The argparse parser, whose help shows the defaults of the preset in argv. Its result has only what was given."""
+    """The argparse parser. Its help shows the defaults of the preset in argv. What is not given, is not in its result.
+    """
     parser = argparse.ArgumentParser(prog="train.py", usage="train.py [--help] [--preset NAME] [--resume] [--FLAG ...]",
                                      description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False)
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from (default: demo)")
@@ -596,9 +617,8 @@ def make_parser(argv):
     what.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run")
     what.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out, and stop")
     for field in FLAGS:
-        kind = dict(type=field.type, metavar=field.type.__name__)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+        kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+                dict(type=field.type, metavar=field.type.__name__))
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                             help=f"{field.metadata['help']} (default: {defaults.get(field.name, field.default)})")
     return parser
@@ -612,9 +632,10 @@ def configs_of(options):
         return *configs(values), None
     out = values.get("out", TrainConfig.out)
     state = load_checkpoint(out)
-    stored = {**{field.name: field.default for field in FLAGS}, **state["config"]}
+    stored = {**{field.name: field.default for field in FLAGS}, **state["config"]}  # an older one may lack settings
+    may_change = RESUME_MAY_CHANGE if options.resume else [*RESUME_MAY_CHANGE, "seed"]  # a sample may have its own
     for name, value in explicit.items():
-        if name not in RESUME_MAY_CHANGE and value != stored[name] and (options.resume or name != "seed"):
+        if name not in may_change and value != stored[name]:
             raise ValueError(f"--{name.replace('_', '-')} is {value} here, but {stored[name]} in the run in"
                              f" {out}; leave it out, or start a new run with another --out")
     config, moe = configs({**stored, **explicit, "out": out})
@@ -640,19 +661,19 @@ def main(argv=None):
     if options.preset != "demo" and config.device == "auto" and pick_device("auto").type == "cpu":
         raise UserError(f"the preset {options.preset} is for a GPU, and torch finds none; add --device cpu to wait for"
                         " weeks, or leave --preset out")
-    rank = processes()[0]
-    while config.data == "data/demo" and not prepare_data.is_finished(config.data):
-        if rank == 0:
+    rank = rank_and_world_size()[0]
+    if config.data == "data/demo":
+        if rank == 0 and not prepare_data.is_finished(config.data):
             prepare_data.main(["demo"])
-        else:
+        while not prepare_data.is_finished(config.data):  # the other processes wait for rank 0
             time.sleep(0.1)
     try:
         run = Run(config, moe, state=state, overwrite=options.overwrite)
-        del state  # twice the model, on the CPU
+        del state  # the weights and two moments of each, on the CPU
         result = train(run)
     except torch.OutOfMemoryError as error:
-        raise UserError("out of memory; begin with a lower --batch-size, and a higher --accumulate to make up for it"
-                        ) from error
+        raise UserError("out of memory; start a new run with a lower --batch-size, and a higher --accumulate to make up"
+                        " for it") from error
     if run.processes > 1:
         dist.destroy_process_group()
     if rank == 0:

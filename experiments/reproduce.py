@@ -207,7 +207,7 @@ def validation(model, batches, device):
     """
     found = []
     for inputs, targets in batches:
-        _, entered = train.watched(model, inputs.to(device), targets.to(device))
+        _, entered = train.layer_inputs(model, inputs.to(device), targets.to(device))
         counted = targets >= 0                                                         # (B, T)
         found.append([tensor[counted] for tensor in (*entered, targets.to(device))])
     *xs, states, targets = (torch.cat(parts) for parts in zip(*found))
