@@ -311,8 +311,8 @@ def pick_dtype(name, device):
 class Run:
     """What a run carries from step to step: data, model, optimizer, scaler, log, and the number of the last step.
 
-    moe: MoEConfig; its vocab_size comes from the data. model: trained instead of a new MoETransformer, whose methods and
-    attributes it needs; no dropout. state: a checkpoint to go on from. UserError for whatever the user can put right.
+    moe: MoEConfig; its vocab_size comes from the data. model: trained instead of a new MoETransformer; has its methods
+    and attributes, and no dropout. state: a checkpoint to go on from. UserError for whatever the user can put right.
     """
 
     def __init__(self, config, moe=None, model=None, state=None, overwrite=False):
