@@ -82,9 +82,9 @@ def last(name):
     return lambda result: result["log"][-1].get(name)
 
 
-def weights(name):
+def weights(name, of_layers=statistics.mean):
     """The mean over layers of what was measured in the weights at the end."""
-    return lambda result: statistics.mean(result["weights"][-1][name]) if result["weights"] else None
+    return lambda result: of_layers(result["weights"][-1][name]) if result["weights"] else None
 
 
 def premise(name, less=None, which="all"):
@@ -106,7 +106,8 @@ QUANTITIES = {  # title -> a function of a result, and how it is written
     "val_ce": (last("val_ce"), ".4f"), "judged": (judged, ".4f"),
     "copies": (lambda result: result["copies"] and result["copies"]["ce_copies"], ".4f"),
     "agreement": (last("agreement"), ".0%"), "broken": (last("violated"), ".1%"), "coupling": (last("coupling"), ".2f"),
-    "epsilon": (last("epsilon"), ".3f"), "smallest alpha": (weights("smallest_alpha"), ".2f"),
+    "epsilon": (last("epsilon"), ".3f"),
+    "smallest alpha": (weights("smallest_alpha", statistics.median), ".2f"),  # of a layer that died it is a million
     "cosine of rows of R": (weights("cosine"), ".2f"), "gate columns": (weights("neurons"), ".2f"),
     "broken under noise": (weights("noisy"), ".1%"),
     COST: (premise("response", "router"), ".3f"), f"{COST}, hard": (premise("response", "router", "hard"), ".3f"),
