@@ -38,7 +38,7 @@ from erc_moe import MoEConfig, MoETransformer, setting
 from prepare_data import UserError
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-DTYPES = dict(auto=torch.float32, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+DTYPES = dict(auto=torch.float32, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # auto: see pick_dtype
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ FLAGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.
 # For one GPU with 24 GB, with many small experts, as in the paper.
 FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8,
                  lr=1e-3, eval_every=500, save_every=1000)
-# AdamW shrinks a weight by lr * decay in each step. For router and experts the sum of it over a run is about 3.7, here
-# as in the paper, whose decay is 0.1 in 167,000 steps. With 0.1, runs as short as these would forget next to nothing.
+# Over a run, the sum of lr * moe_weight_decay is about 3.7, as in the paper, whose decay is 0.1 in 167,000 steps. With
+# 0.1 in runs as short as these, the weights of router and experts would keep all that they ever were.
 PRESETS = {
     "demo": {},
     "tinystories": dict(FOR_A_GPU, data="data/tinystories", out="out/tinystories", context_length=512,
@@ -93,11 +93,11 @@ VAL_WINDOWS = 128  # at 512 tokens each, the standard error of val_ce is about 0
 LOG_COLUMNS = """step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr
     grad_norm tokens_per_s""".split()
 RESUME_MAY_CHANGE = """data out steps lr grad_clip log_every eval_every save_every device compile sample_tokens
-    temperature""".split()  # without making the steps that are done another run's
+    temperature""".split()  # all else is as in the checkpoint
 
 
 def configs(values):
-    """A dict of settings, of which others than theirs are ignored -> [TrainConfig, MoEConfig]."""
+    """A dict of settings -> [TrainConfig, MoEConfig]. Other names in it are ignored."""
     return [kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
             for kind in (TrainConfig, MoEConfig)]
 
@@ -122,8 +122,7 @@ def keyed_generator(device, *key):
 
 
 def check_data(data, T):
-    """UserError where a split is too short for a window, or where shards of others hold ids that GPT-2 does not have.
-    """
+    """UserError where a split is shorter than a window, or where foreign shards hold ids outside GPT-2's vocabulary."""
     val, train = (max(map(len, shards)) for shards in (data.val, data.train))
     if min(val, train) <= T:
         raise UserError(f"a window is {T + 1} tokens; the largest validation shard has {val}, the largest training"
@@ -147,7 +146,7 @@ def train_batch(data, T, batch_size, generator):
     for offset in torch.randint(int(ends[-1]), (batch_size,), generator=generator):
         index = int(torch.searchsorted(ends, offset, right=True))
         shard = torch.frombuffer(data.train[index], dtype=torch.uint16)                # no copy, whatever its length
-        positions = (offset - ends[index] + torch.arange(T + 1)) % len(shard)          # (T + 1,)
+        positions = (offset - ends[index] + torch.arange(T + 1)) % len(shard)          # (T + 1,), % makes them >= 0
         rows.append(shard[positions].long())                                           # (T + 1,)
     window = torch.stack(rows)                                                         # (B, T + 1)
     return window[:, :-1], window[:, 1:]
@@ -161,8 +160,8 @@ def documents_fit(data, T):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    The entropy floor is one of whole documents: where it is known, and they fit, the batches have each of them. Else
-    they have about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
+    Where an entropy floor is known, and all documents fit, these are all whole documents, as the floor is one of them.
+    Else these are about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
     """
     rows, shards = [], [torch.frombuffer(shard, dtype=torch.uint16) for shard in data.val if len(shard) > T]
     for shard in shards:
@@ -204,8 +203,8 @@ def layer_inputs(model, inputs, targets):
 def forced_ce(model, x, states, first, targets):
     """What if the last MoE layer's first slot had another expert? -> cross-entropy of each token, [N], in nats.
 
-    x [N, d] enters that layer, states [N, d] the last norm, first [N] are the experts. The other K - 1 slots go to the
-    router's best others, and each slot keeps its weight. No attention follows, so all tokens can be tried at once.
+    x [N, d] enters that layer, states [N, d] the last norm, first [N] are the experts. The router's best K - 1 experts
+    but this one follow, and slot k keeps the weight k. No attention follows, so all tokens can be tried at once.
     """
     moe = model.moe_layers()[-1]
     logits, _, weights, experts = moe.route(x)                                         # (N, n), -, (N, K), (N, K)
@@ -274,7 +273,7 @@ def open_log(folder, step, resume, overwrite):
         raise UserError(f"{folder} holds a run; {'go on with --resume, ' if has_checkpoint else ''}start anew with"
                         " --overwrite, or choose another --out")
     kept = [row for row in rows if resume and row.endswith("\n") and int(row.split(",")[0]) <= step]
-    file.truncate(len("".join([header, *kept]).encode()) if kept else 0)
+    file.truncate(len("".join([header, *kept]).encode()) if kept else 0)  # in mode "a" it is written to its new end
     file.write("" if kept else ",".join(LOG_COLUMNS) + "\n")
     file.flush()
     return file
@@ -311,8 +310,8 @@ def pick_dtype(name, device):
 class Run:
     """What a run carries from step to step: data, model, optimizer, scaler, log, and the number of the last step.
 
-    moe: MoEConfig; its vocab_size comes from the data. model: trained instead of a new MoETransformer; has its methods
-    and attributes, and no dropout. state: a checkpoint to go on from. UserError for whatever the user can put right.
+    moe: MoEConfig; its vocab_size comes from the data. model: trained if given, else a new MoETransformer; it needs the
+    same methods and attributes, and no dropout. state: a checkpoint to go on from. UserError for the user's mistakes.
     """
 
     def __init__(self, config, moe=None, model=None, state=None, overwrite=False):
@@ -343,7 +342,7 @@ class Run:
         if state:
             self.restore(state)
         self.log = open_log(Path(config.out), self.step, bool(state), overwrite) if self.rank == 0 else None
-        # Where rank 0 fails before, the others wait here until torchrun ends them, without a traceback of theirs.
+        # If rank 0 has failed above, the others wait here, silently, until torchrun ends them.
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if overwrite and self.log:  # last, when nothing can fail any more
@@ -371,7 +370,7 @@ class Run:
             raise UserError(f"the run to resume had {state['processes']} processes, not {self.processes}; start as"
                             " many again")
         for name in ("model", "optimizer", "scaler"):
-            if state[name]:  # a scaler's is empty unless the type is float16, and auto may be another type here
+            if state[name]:  # a scaler that is off has none, and dtype auto may be another one on this machine
                 getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
 
@@ -379,10 +378,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, step, i):
-        """Micro-batch i of a step -> inputs, targets, both [B, T] on the device.
-
-        i counts over the micro-batches of all processes: what is trained on does not depend on how many there are.
-        """
+        """Micro-batch i of a step, counted over all processes -> inputs, targets, both [B, T] on the device."""
         tokens = train_batch(self.data, self.context, self.config.batch_size,
                              keyed_generator("cpu", self.config.seed, step, "batch", i))
         if self.device.type == "cuda":  # a copy from pinned, contiguous memory does not block
@@ -415,7 +411,7 @@ def signals_noted():
     One that is ignored, as under nohup, stays so. Python allows handlers in the main thread alone.
     """
     came, before, hangup = [], {}, getattr(signal, "SIGHUP", None)  # Windows has none
-    terminals = [number for number in (1, 2) if os.isatty(number)]  # asked now: one that is closed says no
+    terminals = [number for number in (1, 2) if os.isatty(number)]  # asked now: once it is gone, isatty says no
 
     def note(number, frame):
         came.append(number)
@@ -425,7 +421,7 @@ def signals_noted():
 
     with contextlib.suppress(ValueError):  # not the main thread
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 before[number] = signal.signal(number, note)
     try:
         yield came
@@ -444,9 +440,15 @@ def train(run, extra_loss=None, watch=None):
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     row, stop, first = {}, 0, run.step + 1
     timed_from, clock = run.step, time.perf_counter()
-    introduce(run)
+    no_bar = None if run.log else True  # None: none where there is no terminal
+    if run.log:
+        total, active = model.num_params()
+        print(f"{config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"
+              f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
+              f"data:  {config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
+              flush=True)
     with (signals_noted() as signals, run.log or contextlib.nullcontext(),
-          tqdm(total=config.steps, initial=run.step, unit="step", disable=not run.log or None) as bar):
+          tqdm(total=config.steps, initial=run.step, unit="step", disable=no_bar) as bar):
         for step in range(first, config.steps + 1):
             is_last = step == config.steps
             do_eval = is_last or (config.eval_every and step % config.eval_every == 0)
@@ -457,7 +459,7 @@ def train(run, extra_loss=None, watch=None):
             for i in range(config.accumulate):
                 inputs, targets = run.batch(step, run.rank * config.accumulate + i)    # (B, T) each
                 with run.autocast():
-                    ce, balance, z, micro_load = run.forward(inputs, targets)[1:]  # its logits need not be kept
+                    ce, balance, z, micro_load = run.forward(inputs, targets)[1:]  # without its logits
                     loss = ce + config.balance_weight * balance + config.z_weight * z
                 scaler.scale(loss / config.accumulate).backward()
                 means += torch.stack((ce, balance, z)).detach() / config.accumulate    # (3,)
@@ -490,7 +492,7 @@ def train(run, extra_loss=None, watch=None):
             # 4. What is seen and kept of it.
             stop = run.any_signal(signals)
             do_save = is_last or stop or (config.save_every and step % config.save_every == 0)
-            if not (do_log or do_save):
+            if not (do_log or do_save or step == first):  # the first one is slow, and would spoil the clock
                 continue
             check_finite(run, means[0])  # waits for the GPU, so that the clock is right
             seconds, steps = time.perf_counter() - clock, step - timed_from
@@ -504,8 +506,8 @@ def train(run, extra_loss=None, watch=None):
                 run.log.flush()
             if do_save and run.log:  # after the line of this step, which a resumed run does not write again
                 run.save()
-            if do_log and run.log:  # last: who sees the line may count on what it tells of
-                with bar.external_write_mode(), contextlib.suppress(OSError):  # nobody reads: log.csv has it
+            if do_log and run.log:  # last: when the line shows, log.csv and ckpt.pt are written
+                with bar.external_write_mode(), contextlib.suppress(OSError):  # stdout is gone; log.csv has it
                     print(log_line(run, row, None if step == first else seconds / steps), flush=True)
             timed_from, clock = step, time.perf_counter()
             if stop:
@@ -523,16 +525,6 @@ def check_finite(run, ce):
     if not finite or run.scaler.get_scale() < 1e-4:
         raise UserError(f"loss or gradient is not finite at step {run.step} or shortly before; what was saved before is"
                         " intact: --resume with a lower --lr, or train again with --overwrite")
-
-
-def introduce(run):
-    """Prints what runs on what."""
-    total, active = run.model.num_params()
-    if run.log:
-        print(f"{run.config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"
-              f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
-              f"data:  {run.config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
-              flush=True)
 
 
 @torch.no_grad()
@@ -604,12 +596,11 @@ def report(run, result, argv):
 
 
 def make_parser(argv):
-    """The argparse parser. Its help shows the defaults of the preset in argv. What is not given, is not in its result.
-    """
+    """The parser. Its help shows the defaults of the preset in argv. Its result has only what was given."""
     parser = argparse.ArgumentParser(prog="train.py", usage="train.py [--help] [--preset NAME] [--resume] [--FLAG ...]",
                                      description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False)
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from (default: demo)")
-    defaults = PRESETS[parser.parse_known_args(argv)[0].preset]
+    defaults = PRESETS[parser.parse_known_args(argv)[0].preset]  # before there is a --help that would end it
     parser.add_argument("-h", "--help", action="help", help="show this, and stop")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has;"
