@@ -121,7 +121,7 @@ def router_and_gates(name, layer, gather=whole):
         experts, router = getattr(layer, "experts", layer), layer.get_submodule(routers[0].split(".")[0])
         W_g = gate_matrices(held, experts, R, gather)
         rest = getattr(experts, "zero_expert_num", 0) + getattr(router, "n_shared_experts", 0)  # R's last rows
-    if (W_g is None or W_g.ndim != 3 or R.shape != (len(W_g) + rest, W_g.size(1)) or R.is_complex()
+    if (W_g is None or W_g.ndim != 3 or R.shape != (len(W_g) + rest, W_g.size(1))
             or torch.promote_types(R.dtype, torch.float32) != torch.promote_types(W_g.dtype, torch.float32)):
         found = [f"{name} {[*W.shape]} {W.dtype}" for name, W in held.items() if not name.startswith("shared_")][:3]
         raise ValueError(f"{name} should have a router [n, d] and n gate matrices [D, d] of one dtype, but has"
@@ -191,7 +191,7 @@ def demonstration():
         training_step(model, optimizer, scaler, [torch.randint(256, (4, 32)) for _ in range(4)], step)
 
 
-def open_checkpoint(source, where=""):
+def open_checkpoint(source):
     """A folder, or a name on the hub -> (MoE layers, still without weights; a function that loads one; files read).
 
     transformers builds the model, finds its files, and converts them. Raises OSError or ValueError, with the reason.
@@ -207,7 +207,7 @@ def open_checkpoint(source, where=""):
     config, slices = AutoConfig.from_pretrained(source), {}
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    layers = moe_layers(model, where)
+    layers = moe_layers(model)
     named = getattr(config, "transformers_weights", None)
     try:  # (the second True: without asking the hub to convert .bin files)
         for file in (files := _get_resolved_checkpoint_files(source, None, None, True, None, True, named)[0]):
@@ -234,13 +234,13 @@ def open_checkpoint(source, where=""):
 
 
 @torch.no_grad()
-def report(source, where=""):
+def report(source):
     """Prints a line for each MoE layer of a checkpoint, from its clean M; one layer is in memory at a time."""
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    layers, load, files = open_checkpoint(source, where)
+    layers, load, files = open_checkpoint(source)
     width = max(len(name) for name in layers)
     spread = lambda norms: f"{norms.mean():7.3f} +-{norms.std(correction=0):6.3f}"
     print("read:", files[0], *(Path(file).name for file in files[1:]))
@@ -264,14 +264,11 @@ def main(argv):
     parser = argparse.ArgumentParser(description="Couples a small random OLMoE, or tells how coupled a checkpoint is.")
     command = parser.add_subparsers(dest="command").add_parser("report", help="how coupled is this checkpoint?")
     command.add_argument("source", metavar="FOLDER_OR_NAME", help="a checkpoint in safetensors, or its name on the hub")
-    command.add_argument("--where", default="", help="only layers whose name holds a match of this regular expression")
     arguments = parser.parse_args(argv)
     try:
-        report(arguments.source, arguments.where) if arguments.command else demonstration()
+        report(arguments.source) if arguments.command else demonstration()
     except ImportError as error:
         raise UserError(f"{error}; pip install transformers==5.23.0") from None
-    except re.error as error:
-        raise UserError(f"--where {arguments.where} is no regular expression: {error}") from None
     except ValueError as error:
         raise UserError(str(error).partition("\n")[0]) from None
 

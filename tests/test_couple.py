@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import io
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ from check_layer import check_layer
 from families import small_model
 from test_erc import seeded
 from test_pasted import paste, row
+from test_train import gap, gradients
 
 ROOT = Path(erc_moe.__file__).parent
 n, d, D = 4, 32, 16  # 2D = d: gate_up_proj [n, 2D, d] is square, so that no shape tells its rows from its columns
@@ -48,38 +49,33 @@ class Listed(nn.Module):
                                   for _ in range(n)))) for _ in range(2))
 
 
-def gradients(model):
-    """name -> gradient, copied, of the parameters that have one."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def template(model):
+    """The loop of the README."""
+    paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=1.0, alpha=0.9, step=3, device="cpu"))
 
 
-def farthest(one, other):
-    """The largest difference between two dicts of tensors with the same names."""
-    assert one.keys() == other.keys(), f"only in one: {one.keys() ^ other.keys()}"
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+def ours(model):
+    couple.add_erc_gradient(model, 3)
 
 
-def template(model, weight=1.0, alpha=0.9):
-    paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=weight, alpha=alpha, step=3, device="cpu"))
-
-
-@pytest.mark.parametrize("ours", [False, True], ids=["README", "couple.py"])
-def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(ours):
-    """On OLMoE: weight * mean over layers, in each router and each gate half; no other number has a gradient."""
-    model, wanted, total = hugging_face_model(), {}, 0
-    for i, generator in enumerate([seeded(6), seeded(7)] if ours else [seeded(3)] * 2):
-        parts = dict(model.model.layers[i].mlp.named_parameters(f"model.layers.{i}.mlp"))
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-14), (torch.float32, 1e-7)], ids=str)
+def test_loss_and_gradient_are_those_of_the_formula_and_reach_nothing_else(dtype, off):
+    """On OLMoE: weight * mean over layers, in each router and each gate half; no other number has a gradient. Autocast
+    changes nothing. Each layer of each step has noise of its own, and torch's global stream stays as it is.
+    """
+    model, wanted, total, stream = hugging_face_model(dtype), {}, 0, torch.get_rng_state()
+    for i, layer in enumerate(model.model.layers):
+        parts = dict(layer.mlp.named_parameters(f"model.layers.{i}.mlp"))
         leaves = {name: value.detach().clone().requires_grad_() for name, value in parts.items() if "down" not in name}
         R, both = leaves.values()
-        loss = erc_moe.erc_loss(R, torch.stack([W[:D].T for W in both]), 0.7, generator) / 2
+        loss = erc_moe.erc_loss(R, torch.stack([W[:D].T for W in both]), 0.7, seeded(3 * 2 + i)) / 2
         (2.0 * loss).backward()
         wanted |= {name: leaf.grad for name, leaf in leaves.items()}
         total += loss.item()
-    if ours:
-        assert couple.add_erc_gradient(model, 3, 2.0, 0.7).item() == pytest.approx(total, rel=1e-12)
-    else:
-        template(model, 2.0, 0.7)
-    assert farthest(gradients(model), wanted) < 1e-14, f"off by {farthest(gradients(model), wanted):.1e}"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert couple.add_erc_gradient(model, 3, 2.0, 0.7).item() == pytest.approx(total, rel=off)
+    assert gap(gradients(model), wanted) < off, f"off by {gap(gradients(model), wanted):.1e}"
+    assert torch.equal(stream, torch.get_rng_state()), "it drew from torch's global stream"
 
 
 def test_lora_is_coupled_by_the_merged_weight():
@@ -108,73 +104,51 @@ def test_the_hooks_of_the_readme_record_what_olmoe_computes():
 
 
 def test_what_is_logged_is_without_noise():
-    """coupling equals the formulas on the clean M, in mean over layers, and says the same twice."""
+    """coupling equals the formulas on the clean M, in mean over layers."""
     model, rows = hugging_face_model(), []
     for layer in model.model.layers:
         M = erc_moe.activation_norms(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj[:, :D].mT)
         rows.append([erc_moe.coupling_hinge(M, 0.9).item(), *map(float, erc_moe.coupling_report(M, 0.9))])
     assert couple.coupling(model, 0.9) == pytest.approx([sum(column) / 2 for column in zip(*rows)], rel=1e-6)
-    assert couple.coupling(model, 0.9) == couple.coupling(model.eval(), 0.9) and not gradients(model)
 
 
-@pytest.mark.parametrize("parts, scale", [(1, 1.0), (4, 1.0), (4, 2.0**16)])
-def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is(parts, scale):
-    """The published step, with one micro-batch or four, scaled or not: the batch's gradient plus the ERC loss's."""
+def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is():
+    """The published step, with four micro-batches, scaled: the batch's gradient plus the ERC loss's."""
     model, plain, tokens = hugging_face_model(), hugging_face_model(), torch.randint(64, (4, 16), generator=seeded(0))
     plain(input_ids=tokens, labels=tokens).loss.backward()
-    couple.add_erc_gradient(plain, 3)
+    ours(plain)
     couple.training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler(
-        "cpu", init_scale=scale, enabled=scale > 1), tokens.split(4 // parts), 3, clip=float("inf"))
-    assert farthest(gradients(model), gradients(plain)) < 1e-12, farthest(gradients(model), gradients(plain))
+        "cpu", init_scale=2.0**16), tokens.split(1), 3, clip=float("inf"))
+    assert gap(gradients(model), gradients(plain)) < 1e-12, gap(gradients(model), gradients(plain))
 
 
-def test_the_noise_is_that_of_the_step():
-    """The same step gives the same bits, whatever was drawn before, also under autocast; another gives others."""
-    seen = []
-    for step in (3, 3, 4):
-        model = hugging_face_model(torch.float32)
-        torch.manual_seed(len(seen))
-        stream = torch.get_rng_state()
-        with torch.autocast("cpu", torch.bfloat16, enabled=len(seen) == 1):
-            couple.add_erc_gradient(model, step)
-        assert torch.equal(stream, torch.get_rng_state()), "it drew from torch's global stream"
-        seen.append(gradients(model))
-    assert farthest(seen[0], seen[1]) == 0 and farthest(seen[0], seen[2]) > 1e-4
-    model.zero_grad()
-    model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
-    couple.add_erc_gradient(model, 3)
-    one, other = (layer.mlp.gate.weight.grad for layer in model.model.layers)
-    assert (one - other).abs().max() > 1e-4, "two equal layers get the same noise"
+def under_ddp(rank):
+    """After three of the published steps each replica is where one process with both batches is."""
+    replica, alone = hugging_face_model(), hugging_face_model()
+    torch.manual_seed(rank)  # the global streams of two processes differ, and may
+    for model, processes in ((nn.parallel.DistributedDataParallel(replica), [rank]), (alone, [0, 1])):
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+        for step in range(3):
+            couple.training_step(model, optimizer, scaler, [
+                torch.randint(64, (2, 16), generator=seeded(10 * step + process)) for process in processes], step)
+    off = gap(replica.state_dict(), alone.state_dict())
+    assert off < 1e-12, f"under DDP, off by {off:.1e}"
 
 
-def train(model, processes):
-    """Three of the published steps, each with one micro-batch of each of these processes."""
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
-    for step in range(3):
-        couple.training_step(model, optimizer, scaler, [
-            torch.randint(64, (2, 16), generator=seeded(10 * step + process)) for process in processes], step)
-
-
-def worker(folder):
-    """What each of the two processes does: three steps under DDP, then gradients of weights that lie in slices."""
-    import torch.distributed as dist
+def in_slices(rank):
+    """FSDP2, with 5 experts and so slices of 3 and of 2, and tensor parallel: the gradient is that of whole weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    dist.init_process_group("gloo")
-    rank, model, mesh = dist.get_rank(), hugging_face_model(), init_device_mesh("cpu", (2,))
-    torch.manual_seed(rank)  # the global streams of two processes differ, and may
-    train(nn.parallel.DistributedDataParallel(model), [rank])
-    torch.save(model.state_dict(), Path(folder, f"ddp-{rank}.pt"))
-
-    fused, listed, parallel = hugging_face_model(num_experts=5), Listed().double(), hugging_face_model()
-    ours = lambda model: couple.add_erc_gradient(model, 3)
+    mesh, fused, listed, parallel = (
+        init_device_mesh("cpu", (2,)), hugging_face_model(num_local_experts=5), Listed().double(), hugging_face_model())
     cases = [(add, copy.deepcopy(model), model) for add, model in (
         (template, fused), (ours, fused), (ours, listed), (ours, parallel))]
-    for module in [*fused.model.layers, fused, listed]:  # 5 experts: slices of 3 and of 2
+    assert len(fused.model.layers[0].mlp.gate.weight) == 5, "all slices are equal"
+    for module in [*fused.model.layers, fused, listed]:
         fully_shard(module, mesh=mesh)
-    for layer in parallel.model.layers:  # tensor parallel: each process has some of the columns of each expert
+    for layer in parallel.model.layers:  # each process has some of the columns of each expert
         for module, name, dim in ((layer.mlp.gate, "weight", 0), (layer.mlp.experts, "gate_up_proj", 1)):
             setattr(module, name, nn.Parameter(distribute_tensor(getattr(module, name), mesh, [Shard(dim)])))
     for add, plain, sharded in cases:
@@ -185,73 +159,54 @@ def worker(folder):
             [module.unshard() for module in model.modules() if hasattr(module, "unshard")]  # as some settings leave it
             add(model)  # to a gradient that is there already
         found = {name: p.grad.full_tensor() for name, p in trained.items() if p.grad is not None}
-        difference = farthest(found, gradients(plain))
-        assert difference < 1e-14, f"sharded, gradients differ by {difference:.1e}"
+        off = gap(found, gradients(plain))
+        assert off < 1e-14, f"sharded, gradients differ by {off:.1e}"
         assert couple.coupling(sharded) == pytest.approx(couple.coupling(plain), rel=1e-12)
 
-    # Expert parallelism without DTensors: of 6 experts each process holds 3; the router is whole.
+
+def in_plain_parts(rank):
+    """The README's row for experts that are spread without DTensors: each process holds 3 of 6, and the whole router.
+    """
     one, other, whole = (torch.randn(6, d, *D_, generator=seeded(0)).requires_grad_() for D_ in ((), (), (D,)))
     own = whole.detach()[3 * rank:3 * rank + 3].clone().requires_grad_()
-    names, (*statements, gathered) = dict(torch=torch, dist=dist, p=2, rank=rank, W=own), row("n / p plain experts")
+    *statements, gathered = row("n / p plain experts")
+    names = dict(torch=torch, dist=torch.distributed, p=2, rank=rank, W=own)
     exec("\n".join(statements), names)
     for R, W_g in ((one, whole), (other, eval(gathered, names))):
         erc_moe.erc_loss(R, W_g, generator=seeded(0)).backward()
     for found, wanted in ((other.grad, one.grad), (own.grad, whole.grad[3 * rank:3 * rank + 3])):
         assert wanted.any() and torch.allclose(found, wanted), f"{(found / wanted).nanmean()} times the gradient"
-    dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The folder that `worker` has filled, on two processes."""
-    folder = tmp_path_factory.mktemp("two")
+def test_two_processes_learn_what_one_does():
+    """The template of the README and couple.py, under DDP, FSDP2, tensor and expert parallelism."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               "--nproc-per-node=2", __file__, str(folder)]
+               "--nproc-per-node=2", __file__]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
                        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "experiments")]))
-    return folder, subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-
-
-def test_two_processes_keep_the_same_weights_and_learn_what_one_does(two_processes):
-    """Under DDP, after three steps, the replicas are equal to the bit; one process with both batches gets there too."""
-    folder, done = two_processes
-    paths = [folder / f"ddp-{process}.pt" for process in range(2)]
-    assert all(path.exists() for path in paths), done.stderr[-3000:]
-    (one, other), model = map(torch.load, paths), hugging_face_model()
-    assert farthest(one, other) == 0, f"the replicas differ by {farthest(one, other):.1e}"
-    train(model, [0, 1])
-    assert farthest(one, model.state_dict()) < 1e-12, f"off by {farthest(one, model.state_dict()):.1e}"
-
-
-def test_slices_of_weights_get_the_gradient_of_whole_ones(two_processes):
-    """The template and couple.py on 2 processes: FSDP2, 5 experts, sliced or left whole; tensor and expert parallel."""
-    assert two_processes[1].returncode == 0, two_processes[1].stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def refuses(model, *texts):
     """add_erc_gradient ends with one line that holds all the texts, and adds nothing."""
     before = gradients(model)
     with pytest.raises(ValueError) as refused:
-        couple.add_erc_gradient(model, 3)
+        ours(model)
     line = str(refused.value)
     assert "\n" not in line and all(text in line for text in texts), line
     assert gradients(model).keys() == before.keys(), "refused, yet something was added"
 
 
-def test_listed_and_compiled_experts_are_understood():
-    """W_g[j] is what expert j of a list multiplies with, or bfloat16 of it; compiled, it gets the same gradient."""
+def test_a_list_of_experts_is_understood():
+    """W_g[j] is the gate matrix of expert j, also where experts are bfloat16 beside a router of float32, or compiled.
+    """
     layer = Listed().layers[0]
-    R, W_g = couple.router_and_gates("", layer)
-    own = torch.stack([expert["gate_proj"](layer["gate"].weight) for expert in layer["experts"]])       # (n, n, D)
-    assert torch.allclose(own, R @ W_g, rtol=1e-5), "not the gates, or not in their order"
     layer["experts"].bfloat16()
-    assert torch.allclose(couple.router_and_gates("", layer)[1].float(), W_g, rtol=1e-2)
-    plain, compiled = hugging_face_model(), hugging_face_model()
-    for layer in compiled.model.layers:
-        layer.mlp.experts = torch.compile(layer.mlp.experts)  # (nothing runs, so nothing compiles)
-    assert torch.equal(couple.add_erc_gradient(plain, 3), couple.add_erc_gradient(compiled, 3))
-    found = {name.replace("_orig_mod.", ""): gradient for name, gradient in gradients(compiled).items()}
-    assert farthest(found, gradients(plain)) == 0
+    gates = torch.stack([expert["gate_proj"].weight.T for expert in layer["experts"]])
+    assert torch.equal(couple.router_and_gates("", layer)[1], gates), "not the gates, or not in order"
+    layer["experts"] = torch.compile(layer["experts"])  # which gives the names of their weights a prefix
+    assert torch.equal(couple.router_and_gates("", layer)[1], gates), "compiled"
 
 
 def test_frozen_weights_learn_nothing_and_hold_nothing_up():
@@ -269,18 +224,15 @@ def test_frozen_weights_learn_nothing_and_hold_nothing_up():
 
 
 SPOILT = {  # what is done to the second of two layers: what the line says of it
-    "holds norm.weight, not known here; call": lambda layer: layer.update(dict(norm=nn.RMSNorm(d))),
+    "norm.weight, not known": lambda layer: layer.update(dict(norm=nn.RMSNorm(d))),
     "no router was found": lambda layer: layer.update(dict(scores=layer.pop("gate"))),
     "a router [n, d]": lambda layer: layer.update(dict(router=copy.deepcopy(layer["gate"]))),
-    f"gate.weight [{d}, {n}]": lambda layer: layer.update(dict(gate=nn.Linear(n, d, bias=False))),
     f"gate.weight [{n}, {d}]": lambda layer: layer["experts"].append(copy.deepcopy(layer["experts"][0])),
     "n gate matrices": lambda layer: layer["experts"][1].update(dict(gate_proj=nn.Linear(d, D + 1, False))),
-    "n gate matrices [D, d]": lambda layer: [expert.pop("gate_proj") for expert in layer["experts"]],
-    "holds w1 and w3 of each expert": lambda layer: layer.update(Listed(("w1", "w3", "w2")).layers[0]),
-    f"gate.weight [{n}, {d}] torch.float64": lambda layer: layer["gate"].double(),
-    f"gate.weight [{n}, {d}] torch.complex64": lambda layer: layer.to(torch.complex64),
-    "in torch.int8": lambda layer: layer["gate"].register_buffer("my_bias", torch.zeros(n, dtype=torch.int8)),
-    "holds experts.3.gate_proj.weight in torch.float32 on meta": lambda layer: layer["experts"][3].to("meta"),
+    "w1 and w3": lambda layer: layer.update(Listed(("w1", "w3", "w2")).layers[0]),
+    "float64": lambda layer: layer["gate"].double(),
+    "int8": lambda layer: layer["gate"].register_buffer("my_bias", torch.zeros(n, dtype=torch.int8)),
+    "on meta": lambda layer: layer["experts"][3].to("meta"),
 }
 
 
@@ -293,18 +245,14 @@ def test_a_layer_it_does_not_know_is_refused_before_any_gradient(said):
 
 
 def test_models_it_does_not_know_are_refused():
-    """No experts; llama4, also with its experts as a list; slices of fused weights, as older FSDP leaves them."""
+    """No experts; slices of fused weights, as older FSDP leaves them."""
     refuses(nn.Linear(d, d), "Linear has no module with experts")
-    llama4 = small_model("llama4")
-    for layer in llama4.model.layers:
-        refuses(llama4, "model.layers.0.feed_forward, a Llama4TextMoe", "scales tokens by their score")
-        layer.feed_forward.experts = Listed().layers[0]["experts"]  # as transformers does to quantize them
-    for sliced in (lambda weight: weight[:2], lambda weight: weight.flatten()[:7], lambda weight: weight.flatten()[:0]):
+    for sliced in (lambda weight: weight[:2], lambda weight: weight.flatten()[:7]):
         model = hugging_face_model()
         experts = model.model.layers[1].mlp.experts
         for name in ("gate_up_proj", "down_proj"):
             setattr(experts, name, nn.Parameter(sliced(getattr(experts, name))))
-        refuses(model, "model.layers.1.mlp should have", f"experts.gate_up_proj {list(experts.gate_up_proj.shape)}")
+        refuses(model, "model.layers.1.mlp ", f"experts.gate_up_proj {list(experts.gate_up_proj.shape)}")
 
 
 def run_main(*arguments):
@@ -322,12 +270,10 @@ def test_the_program_couples_a_model():
     assert last[0] > first[0] and last[1] < first[1] / 10 and last[2] < first[2] / 10 and last[3] > 1.5 * first[3], rows
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_vl_moe", "longcat_flash"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "longcat_flash"])
 def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, monkeypatch):
-    """Files of one expert a name, interleaved, transposed, with identity experts; of the index, not of leftovers.
-
-    When a layer is read, no other has its weights.
-    """
+    """Files of one expert a name, interleaved and transposed, with identity experts; of the index, not of leftovers.
+    When a layer is read, no other has its weights."""
     model = small_model(family)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     files = sorted(tmp_path.glob("model*.safetensors"))
@@ -342,47 +288,46 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
     assert said == ["read:", str(files[0]), *(file.name for file in files[1:])], f"{said}, not {files}"
     layers = couple.moe_layers(model)
     assert present == [1] * len(lines) == [1] * len(layers), f"{present}, {len(lines)} lines for {len(layers)} layers"
-    for cells, (name, layer) in zip(lines, layers.items()):
+    for (label, *cells), (name, layer) in zip(lines, layers.items()):
         R, W_g = (tensor.detach() for tensor in read(name, layer))
         M, rows, gates = erc_moe.activation_norms(R, W_g), R.norm(dim=1), W_g.norm(dim=(1, 2))
+        excess = [max(M[i, j], M[j, i]) / M[i, i] for i in range(len(M)) for j in range(len(M)) if i != j]
         wanted = [*(erc_moe.coupling_hinge(M, alpha) for alpha in range(1, 6)), *erc_moe.coupling_report(M),
                   erc_moe.noise_bound(R).mean(), rows.mean(), rows.std(0, False), gates.mean(), gates.std(0, False)]
-        found = [float(number.rstrip("%")) / (100 if "%" in number else 1) for number in cells[1:]]
-        alpha = found.pop(5)
-        near = [erc_moe.coupling_report(M, alpha + off)[0] for off in (-0.006, 0.006)]
-        assert near[0] > 0 == near[1], f"at alpha {alpha} -+ 0.006 {near[0]:.1%} and {near[1]:.1%} are violated"
-        assert name.endswith(cells[0]) and found == pytest.approx([float(value) for value in wanted], abs=6e-4), cells
+        found = [float(number.rstrip("%")) / (100 if "%" in number else 1) for number in cells]
+        assert found.pop(5) == pytest.approx(max(excess).item(), abs=6e-3), f"decoupled at {max(excess)}: {cells}"
+        assert name.endswith(label) and found == pytest.approx([float(value) for value in wanted], abs=6e-4), cells
 
 
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
-    """No folder, no configuration, .bin alone, damaged, a lost tensor, a bad --where, 8 bits, llama4, no package."""
-    def refusal(*more, source=tmp_path):
+    """No folder, .bin alone, a damaged file, a lost tensor, 8 bits, no transformers."""
+    def refusal(source=tmp_path):
         with pytest.raises((couple.UserError, OSError)) as stopped:
-            run_main("report", source, *more)
+            run_main("report", source)
         return str(stopped.value)
 
     monkeypatch.chdir(tmp_path.parent)
-    for missing in ("missing", "./missing", "one/or/two", f"{tmp_path.name}/missing", tmp_path / "missing"):
-        assert f"there is no folder {missing}," in refusal(source=missing)
-    assert "Unrecognized model" in refusal()
+    for missing in ("missing", f"{tmp_path.name}/missing"):
+        assert f"no folder {missing}," in refusal(missing)
     small_model("olmoe").save_pretrained(tmp_path)
     file, lost = tmp_path / "model.safetensors", "model.layers.0.mlp.gate.weight"
     state = safetensors.load_file(file)
     file.unlink()
     (tmp_path / "pytorch_model.bin").touch()
-    assert re.search("no file named model.safetensors .* save_pretrained makes safetensors", refusal())
+    assert "save_pretrained" in refusal()
     file.write_bytes(b"cut off")
     assert "model.safetensors is damaged" in refusal()
     safetensors.save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
-    assert "lacks layers.0.mlp.gate.weight" in refusal() and "--where [ is no regular" in refusal("--where", "[")
-    assert "OlmoeModel has no module with experts whose name matches nowhere" in refusal("--where", "nowhere")
+    assert "lacks layers.0.mlp.gate.weight" in refusal()
     safetensors.save_file(state | {lost: state[lost].to(torch.float8_e4m3fn)}, file)
-    assert f"{lost} is stored in 8 bits or less" in refusal()
-    small_model("llama4").save_pretrained(tmp_path)
-    assert "a Llama4TextMoe, cannot be coupled as it is" in refusal()
+    assert f"{lost} is stored in 8 bits" in refusal()
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in refusal()
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1])
+    torch.distributed.init_process_group("gloo")
+    for work in (under_ddp, in_slices, in_plain_parts):
+        work(torch.distributed.get_rank())
+    gc.collect()  # ends the threads of process groups that models held; at Python's own end they can abort it
+    torch.distributed.destroy_process_group()
