@@ -9,7 +9,7 @@ times, in order, are in results/bench-MACHINE.json, of a GPU in results/gpu/gpu-
 
   step  a whole training step (forward, backward, clipping, fused AdamW): ours; the usual loop over experts; Hugging
         Face's OlmoeForCausalLM of the same shape, where transformers is installed; a dense model with as many active
-        parameters; the machine's best matrix product
+        parameters
   erc   what the ERC loss adds to a step
 """
 
@@ -35,6 +35,7 @@ from erc_moe import MoE, MoEConfig, MoETransformer  # before torch: it filters t
 
 import torch
 import torch.nn.functional as F
+from variants import dense_config
 
 RESULTS = Path(__file__).parent / "results"
 SEED, WARMUP = 0, 2  # rounds that do not count
@@ -44,25 +45,22 @@ class Setup:
     """What is measured on this machine, at which sizes. Those of --quick say nothing, but run in seconds on a CPU."""
 
     def __init__(self, options):
-        self.quick, self.rounds, self.seconds = options.quick, options.rounds, options.seconds
+        self.rounds, self.seconds = options.rounds, options.seconds
         self.gpu = torch.cuda.is_available() and not options.quick
         self.device, self.dtype = torch.device("cuda" if self.gpu else "cpu"), torch.float32
-        self.compile = options.compile and dict(dynamic=False, fullgraph=True,
-                                                backend="aot_eager" if self.quick else "inductor")
-        if self.quick:
+        if options.quick:
             self.model = MoEConfig(320, 32, n_layers=2, n_heads=2, d_model=32, d_expert=16, n_experts=4, top_k=2)
-            self.batch_size, self.squares, self.erc_steps = 2, (64,), ((4, 64), (8, 128))
+            self.batch_size, self.erc_steps = 2, ((4, 64), (8, 128))
             self.dtype = torch.bfloat16  # as on a GPU
         elif self.gpu:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             self.dtype, memory = torch.bfloat16 if native else torch.float16, torch.cuda.mem_get_info()[1]
             self.model = MoEConfig(50304, 1024, n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8)
-            self.batch_size, self.squares = 16 if memory > 70e9 else 4, (2048, 4096, 8192)
+            self.batch_size = 16 if memory > 70e9 else 4
             self.erc_steps = [(n, tokens) for n in (64, 256)[:1 + (memory > 40e9)] for tokens in (2048, 16384, 65536)]
         else:
             self.model = MoEConfig(512, 256, n_layers=6, n_heads=8, d_model=256, d_expert=256, n_experts=16, top_k=2)
-            self.batch_size, self.squares = 8, (512, 1024, 2048)
-            self.erc_steps = ((8, 2048), (16, 2048), (64, 2048), (16, 8192))
+            self.batch_size, self.erc_steps = 8, ((8, 2048), (16, 2048), (64, 2048), (16, 8192))
 
     def batches(self, count, batch_size):
         """That many micro-batches of random tokens -> [count, 2, B, T], each with (inputs, targets)."""
@@ -105,7 +103,7 @@ class LoopMoE(MoE):
 
 class Ours:
     """Our model with its optimizer. The learning rate is so small that weights, and so the routing, stay as they are.
-    `way`, the class of the MoE layers or "compiled", may change from step to step.
+    `way`, the class of the MoE layers, may change from step to step.
     """
 
     def __init__(self, setup, model=None):
@@ -113,25 +111,22 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-12, (0.9, 0.95), weight_decay=0.1, fused=True)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
 
-    def losses(self, inputs, targets, way):
-        """(what is trained on, ce)."""
+    def loss(self, inputs, targets, way):
+        """What is trained on."""
         for moe in self.model.moe_layers():
-            moe.__class__ = MoE if way == "compiled" else way
-        if way == "compiled" and not hasattr(self, "compiled"):
-            self.compiled = torch.compile(self.model, **self.setup.compile)
-        forward, dtype = self.compiled if way == "compiled" else self.model, self.setup.dtype
+            moe.__class__ = way
+        dtype = self.setup.dtype
         with torch.autocast(self.setup.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = forward(inputs, targets)
-        return out.ce + 0.01 * out.balance, out.ce
+            out = self.model(inputs, targets)
+        return out.ce + 0.01 * out.balance
 
     def add_erc_gradient(self, noise):
         self.model.erc_loss(1.0, noise).backward()
 
     def step(self, batches, way=MoE, noise=None):
-        """A step as in train.py, without its log -> ce []. With a generator `noise`, the ERC loss is in it."""
+        """A step as in train.py, without its log. With a generator `noise`, the ERC loss is in it."""
         for inputs, targets in batches:
-            loss, ce = self.losses(inputs, targets, way)
-            self.scaler.scale(loss / len(batches)).backward()
+            self.scaler.scale(self.loss(inputs, targets, way) / len(batches)).backward()
         self.scaler.unscale_(self.optimizer)
         if noise:
             self.add_erc_gradient(noise)
@@ -139,13 +134,11 @@ class Ours:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return ce.detach()
 
 
 def dense(setup):
     """The same without routing, and with as many active parameters."""
-    c = setup.model
-    return Ours(setup, MoETransformer(replace(c, n_experts=1, top_k=1, d_expert=c.top_k * c.d_expert)))
+    return Ours(setup, MoETransformer(dense_config(setup.model)))
 
 
 class Olmoe(Ours):
@@ -164,14 +157,13 @@ class Olmoe(Ours):
             router_aux_loss_coef=0.01 / c.top_k,  # theirs sums to K
             bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(setup.dtype).train())
 
-    def losses(self, inputs, targets, way):
+    def loss(self, inputs, targets, way):
         self.model.set_experts_implementation(way)
-        out = self.model(inputs, labels=targets, shift_labels=targets, use_cache=False, output_router_logits=True)
-        return out.loss, out.loss
+        return self.model(inputs, labels=targets, shift_labels=targets, use_cache=False, output_router_logits=True).loss
 
 
 CONTENDERS = {"ours": (Ours, MoE), "loop": (Ours, LoopMoE), "OLMoE eager": (Olmoe, "eager"),
-              "OLMoE grouped_mm": (Olmoe, "grouped_mm"), "dense": (dense, MoE), "ours compiled": (Ours, "compiled")}
+              "OLMoE grouped_mm": (Olmoe, "grouped_mm"), "dense": (dense, MoE)}
 
 
 def flops_per_token(config):
@@ -183,22 +175,16 @@ def flops_per_token(config):
 
 def measure_step(setup):
     torch.manual_seed(SEED)
-    batches, dtype = setup.batches(1, setup.batch_size), str(setup.dtype)[6:]          # (1, 2, B, T)
-    trainees, functions, ce, left_out = {}, {}, {}, {}  # one model for all its ways, so at most three models are alive
-    for kind, (maker, way) in CONTENDERS.items():
-        if way == "compiled" and not setup.compile:
-            continue
-        name = f"{kind}, {dtype}"
+    batches = setup.batches(1, setup.batch_size)                                       # (1, 2, B, T)
+    trainees, functions, left_out = {}, {}, {}  # one model for all its ways, so at most three models are alive
+    for name, (maker, way) in CONTENDERS.items():
         try:
             trainee = trainees.get(maker) or trainees.setdefault(maker, maker(setup))
-            ce[name] = trainee.step(batches, way).item()
+            trainee.step(batches, way)
             functions[name] = partial(trainee.step, batches, way)
-        except Exception as error:  # without transformers, memory or a compiler: the others are measured all the same
+        except Exception as error:  # without transformers or memory: the others are measured all the same
             left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    for size in setup.squares:  # what the machine can do at best
-        functions[f"matmul {size}, {dtype}"] = partial(
-            torch.matmul, *torch.randn(2, size, size, device=setup.device).to(setup.dtype))
-    return dict(tokens=batches[0, 0].numel(), flops_per_token=flops_per_token(setup.model), ce=ce, left_out=left_out,
+    return dict(tokens=batches[0, 0].numel(), flops_per_token=flops_per_token(setup.model), left_out=left_out,
                 seconds=setup.interleave(functions))
 
 
@@ -251,22 +237,14 @@ def table(*rows):
 
 
 def show_step(result):
-    times, tokens, flops, peak = result["seconds"], result["tokens"], result["flops_per_token"], {}
-    for name in times:
-        if name.startswith("matmul"):
-            size, dtype = name.removeprefix("matmul ").split(", ")
-            peak[dtype] = max(peak.get(dtype, 0), 2 * int(size) ** 3 / min(times[name]))
-    rows = [("", "ms per step", "tokens/s", "share of the matmul peak", "time / ours, same type")]
-    for name in result["ce"]:
-        dtype, seconds = name.split(", ")[1], statistics.median(times[name])
-        rows.append((name, ms(times[name]), f"{tokens / seconds:,.0f}", f"{tokens * flops / seconds / peak[dtype]:.0%}",
-                     ratio(times, name, f"ours, {dtype}")))
-    best = ", ".join(f"{dtype} {value / 1e9:,.0f} GFLOP/s" for dtype, value in peak.items())
+    times, tokens, flops = result["seconds"], result["tokens"], result["flops_per_token"]
+    rows = [("", "ms per step", "tokens/s", "time / ours"), *(
+        (name, ms(times[name]), f"{tokens / statistics.median(times[name]):,.0f}", ratio(times, name, "ours"))
+        for name in times)]
     return "\n".join([
         table(*rows), "", *(f"Left out: {name} ({why})." for name, why in result["left_out"].items()),
         f"{tokens:,} tokens per step. In the last column, above 1 means that ours is faster. {flops / 1e6:.1f} MFLOP"
-        " per token: 6 for each active parameter but the embedding's, and 6 T d per layer for causal attention. Peak,"
-        f" the best square product of any round: {best}."])
+        " per token: 6 for each active parameter but the embedding's, and 6 T d per layer for causal attention."])
 
 
 def show_erc(result):
@@ -286,24 +264,12 @@ SECTIONS = dict(step=(measure_step, show_step), erc=(measure_erc, show_erc))
 
 
 def show(name, result):
-    about = ", ".join(f"{word} {result[key]}".strip() for word, key in (
-        ("", "device"), ("", "dtype"), ("threads", "threads"), ("torch", "torch"), ("transformers", "transformers"),
-        ("Python", "python"), ("seed", "seed"), ("", "date")))
+    facts = ("device", "dtype", "threads", "torch", "transformers", "python", "seed", "date")
+    about = ", ".join(f"{fact} {result[fact]}" for fact in facts)
     return f"## {name}\n\n{about}: `{result['command']}`\n\n{SECTIONS[name][1](result)}\n"
 
 
 # ---- Command line ----
-
-
-def about(setup, argv):
-    """(name of this machine in file names, facts that stand in every section)."""
-    name = torch.cuda.get_device_name(setup.device) if setup.gpu else f"CPU {os.cpu_count()} cores"
-    model = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return re.sub(r"\W+", "-", name.lower()).strip("-"), dict(
-        device=name if setup.gpu else f"{name}, {model}", dtype=str(setup.dtype)[6:], threads=torch.get_num_threads(),
-        torch=torch.__version__, transformers=getattr(sys.modules.get("transformers"), "__version__", "not used"),
-        python=platform.python_version(), date=str(date.today()), seed=SEED,
-        command=" ".join(["python experiments/bench.py", *argv]))
 
 
 def main(argv=None):
@@ -312,23 +278,29 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes on a CPU; writes to out/bench-quick")
     parser.add_argument("--rounds", type=int, default=15, help="most rounds that count (default: 15)")
     parser.add_argument("--seconds", type=float, default=600, help="no round begins later (default: 600)")
-    parser.add_argument("--compile", action="store_true", help="our model compiled, too; takes minutes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these; keep the others in the result file")
     parser.add_argument("--out", help="folder for the result file")
     options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
     setup = Setup(options)
-    own = "out/bench-quick" if setup.quick else RESULTS / "gpu" if setup.gpu else RESULTS
-    path = Path(options.out or own, f"{'gpu' if setup.gpu else 'bench'}-{about(setup, argv)[0]}.json")
+    machine = torch.cuda.get_device_name(setup.device) if setup.gpu else f"CPU {os.cpu_count()} cores"
+    own = "out/bench-quick" if options.quick else RESULTS / "gpu" if setup.gpu else RESULTS
+    name = re.sub(r"\W+", "-", machine.lower()).strip("-")
+    path = Path(options.out or own, f"{'gpu' if setup.gpu else 'bench'}-{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if options.only and path.exists() else {}
     for name in options.only or SECTIONS:
         measured = SECTIONS[name][0](setup)
-        results[name] = about(setup, argv)[1] | measured
+        results[name] = measured | dict(
+            device=machine if setup.gpu else f"{machine}, {torch.cpu.get_capabilities().get('cpu_name', '')}",
+            dtype=str(setup.dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__,
+            transformers=getattr(sys.modules.get("transformers"), "__version__", "not used"),
+            python=platform.python_version(), date=str(date.today()), seed=SEED,
+            command=" ".join(["python experiments/bench.py", *argv]))
         path.write_text(json.dumps(results), encoding="utf-8")
         print(show(name, results[name]), flush=True)
-        gc.collect()  # what refers to itself, as a compiled model does, would take memory from the next section
+        gc.collect()  # what refers to itself would take memory from the next section
     return 0
 
 

@@ -23,21 +23,16 @@ def run(*argv):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--compile"], marks=pytest.mark.slow)])
-def test_a_result_has_its_facts_a_time_for_each_round_and_a_table(elsewhere, more):
-    """Machine, versions, date, command and seed stand in each section, and each contender has run in each round. The
-    cross-entropy of all ways to run our model is ours up to the rounding of bfloat16.
-    """
-    results = run("--rounds", "3", *more)
-    for name, row in dict(step="| loop, bfloat16 |", erc="| 8 | 128 |").items():
+def test_a_result_has_its_facts_a_time_for_each_round_and_a_table(elsewhere):
+    """Machine, versions, date, command and seed stand in each section, and each contender has run in each round."""
+    results = run("--rounds", "3")
+    for name, row in dict(step="| loop |", erc="| 8 | 128 |").items():
         missing = {"device", "dtype", "threads", "torch", "transformers", "date", "seed"} - set(results[name])
         assert not missing, f"{name} lacks {missing}"
         rounds = {contender: len(times) for contender, times in results[name]["seconds"].items()}
         assert set(rounds.values()) == {3}, f"{name}: {rounds}"
         shown = bench.show(name, results[name])
         assert row in shown and "`python experiments/bench.py --quick --rounds 3" in shown, shown
-    ce = {name: value for name, value in results["step"]["ce"].items() if name.startswith(("ours", "loop"))}
-    assert len(ce) > 1 and ce == pytest.approx(dict.fromkeys(ce, ce["ours, bfloat16"]), abs=1e-2), ce
 
 
 def test_the_loop_has_our_output_and_gradients():
