@@ -1,9 +1,8 @@
 """The ERC loss in someone else's model: the whole recipe, for Mixture-of-Experts models of Hugging Face's transformers.
 
-    python experiments/couple.py                          # couples a small random OLMoE, in seconds
     python experiments/couple.py report FOLDER_OR_NAME    # how coupled is this checkpoint?
 
-Both need the package transformers. experiments/results/families.md lists the model families that are understood.
+It needs the package transformers. experiments/results/families.md lists the model families that are understood.
 
 For your own loop copy, below `import re` and `import torch`, the block of erc_moe.py between its two paste lines, and
 this file from ROUTER to `coupling` (MIT licence; LICENSE goes with it). Then call `add_erc_gradient(model, step)` once
@@ -174,23 +173,6 @@ def training_step(model, optimizer, scaler, micro_batches, step, clip=1.0):
     scaler.update()
 
 
-def demonstration():
-    """Couples a small random OLMoE, and prints how the loss falls."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    torch.manual_seed(0)
-    model = OlmoeForCausalLM(OlmoeConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, pad_token_id=0, eos_token_id=0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)  # wanted for float16 alone
-    print("steps      erc  violated  coupling")
-    for step in range(21):
-        if step % 5 == 0:
-            print("{:5d}  {:.5f}  {:8.1%}  {:8.2f}".format(step, *coupling(model)))
-        training_step(model, optimizer, scaler, [torch.randint(256, (4, 32)) for _ in range(4)], step)
-
-
 def open_checkpoint(source):
     """A folder, or a name on the hub -> (MoE layers, still without weights; a function that loads one; files read).
 
@@ -261,12 +243,12 @@ def report(source):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Couples a small random OLMoE, or tells how coupled a checkpoint is.")
-    command = parser.add_subparsers(dest="command").add_parser("report", help="how coupled is this checkpoint?")
-    command.add_argument("source", metavar="FOLDER_OR_NAME", help="a checkpoint in safetensors, or its name on the hub")
+    parser = argparse.ArgumentParser(description="Tells how coupled a checkpoint is.")
+    parser.add_argument("command", choices=["report"])
+    parser.add_argument("source", metavar="FOLDER_OR_NAME", help="a checkpoint in safetensors, or its name on the hub")
     arguments = parser.parse_args(argv)
     try:
-        report(arguments.source) if arguments.command else demonstration()
+        report(arguments.source)
     except ImportError as error:
         raise UserError(f"{error}; pip install transformers==5.23.0") from None
     except ValueError as error:

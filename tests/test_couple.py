@@ -255,19 +255,11 @@ def test_models_it_does_not_know_are_refused():
         refuses(model, "model.layers.1.mlp ", f"experts.gate_up_proj {list(experts.gate_up_proj.shape)}")
 
 
-def run_main(*arguments):
-    """The output of couple.py with these arguments, in this process."""
+def report(source):
+    """What `couple.py report` prints, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        couple.main([*map(str, arguments)])
+        couple.main(["report", str(source)])
     return printed.getvalue()
-
-
-def test_the_program_couples_a_model():
-    """It prints a table, in which the loss and the broken constraints fall to a tenth and the coupling grows."""
-    head, *rows = [line.split() for line in run_main().splitlines()]
-    assert head == ["steps", "erc", "violated", "coupling"], head
-    first, last = ([float(number.rstrip("%")) for number in row] for row in (rows[0], rows[-1]))
-    assert last[0] > first[0] and last[1] < first[1] / 10 and last[2] < first[2] / 10 and last[3] > 1.5 * first[3], rows
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "longcat_flash"])
@@ -284,7 +276,7 @@ def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, 
     monkeypatch.setattr(couple, "open_checkpoint", lambda *_: opened)
     monkeypatch.setattr(couple, "router_and_gates", lambda *layer: present.append(
         sum(not next(other.parameters()).is_meta for other in opened[0].values())) or read(*layer))
-    said, _, _, *lines = [line.replace("+-", " ").split() for line in run_main("report", tmp_path).splitlines()]
+    said, _, _, *lines = [line.replace("+-", " ").split() for line in report(tmp_path).splitlines()]
     assert said == ["read:", str(files[0]), *(file.name for file in files[1:])], f"{said}, not {files}"
     layers = couple.moe_layers(model)
     assert present == [1] * len(lines) == [1] * len(layers), f"{present}, {len(lines)} lines for {len(layers)} layers"
@@ -303,7 +295,7 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     """No folder, .bin alone, a damaged file, a lost tensor, 8 bits, no transformers."""
     def refusal(source=tmp_path):
         with pytest.raises((couple.UserError, OSError)) as stopped:
-            run_main("report", source)
+            report(source)
         return str(stopped.value)
 
     monkeypatch.chdir(tmp_path.parent)
