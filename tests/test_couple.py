@@ -4,10 +4,7 @@ import contextlib
 import copy
 import gc
 import io
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +18,10 @@ transformers = pytest.importorskip("transformers", reason="couples models of tra
 import couple
 from check_layer import check_layer
 from families import small_model
-from test_erc import seeded
+from test_erc import seeded, weights
 from test_pasted import paste, row
 from test_train import gap, gradients
 
-ROOT = Path(erc_moe.__file__).parent
 n, d, D = 4, 32, 16  # 2D = d: gate_up_proj [n, 2D, d] is square, so that no shape tells its rows from its columns
 
 
@@ -47,15 +43,6 @@ class Listed(nn.Module):
             gate=nn.Linear(d, n, bias=False),
             experts=nn.ModuleList(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
                                   for _ in range(n)))) for _ in range(2))
-
-
-def template(model):
-    """The loop of the README."""
-    paste("needs a model: OLMoE", dict(vars(erc_moe), model=model, weight=1.0, alpha=0.9, step=3, device="cpu"))
-
-
-def ours(model):
-    couple.add_erc_gradient(model, 3)
 
 
 @pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-14), (torch.float32, 1e-7)], ids=str)
@@ -116,7 +103,7 @@ def test_accumulation_and_a_scaler_leave_the_gradient_of_the_loss_as_it_is():
     """The published step, with four micro-batches, scaled: the batch's gradient plus the ERC loss's."""
     model, plain, tokens = hugging_face_model(), hugging_face_model(), torch.randint(64, (4, 16), generator=seeded(0))
     plain(input_ids=tokens, labels=tokens).loss.backward()
-    ours(plain)
+    couple.add_erc_gradient(plain, 3)
     couple.training_step(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler(
         "cpu", init_scale=2.0**16), tokens.split(1), 3, clip=float("inf"))
     assert gap(gradients(model), gradients(plain)) < 1e-12, gap(gradients(model), gradients(plain))
@@ -141,11 +128,13 @@ def in_slices(rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh, fused, listed, parallel = (
-        init_device_mesh("cpu", (2,)), hugging_face_model(num_local_experts=5), Listed().double(), hugging_face_model())
-    cases = [(add, copy.deepcopy(model), model) for add, model in (
-        (template, fused), (ours, fused), (ours, listed), (ours, parallel))]
+    mesh, ours = init_device_mesh("cpu", (2,)), lambda model: couple.add_erc_gradient(model, 3)
+    printed = lambda model: paste("needs a model: OLMoE", dict(
+        vars(erc_moe), model=model, weight=1.0, alpha=0.9, step=3, device="cpu"))
+    fused, listed, parallel = hugging_face_model(num_local_experts=5), Listed().double(), hugging_face_model()
     assert len(fused.model.layers[0].mlp.gate.weight) == 5, "all slices are equal"
+    cases = [(add, copy.deepcopy(model), model) for add, model in (
+        (printed, fused), (ours, fused), (ours, listed), (ours, parallel))]
     for module in [*fused.model.layers, fused, listed]:
         fully_shard(module, mesh=mesh)
     for layer in parallel.model.layers:  # each process has some of the columns of each expert
@@ -165,34 +154,38 @@ def in_slices(rank):
 
 
 def in_plain_parts(rank):
-    """The README's row for experts that are spread without DTensors: each process holds 3 of 6, and the whole router.
-    """
-    one, other, whole = (torch.randn(6, d, *D_, generator=seeded(0)).requires_grad_() for D_ in ((), (), (D,)))
-    own = whole.detach()[3 * rank:3 * rank + 3].clone().requires_grad_()
+    """The README's row for plain experts in parts: each process holds 3 of 6, and the whole router."""
+    (R, W_g), (own_R, every) = weights(6, d, D, grad=True), weights(6, d, D)
+    own, own_R = every[3 * rank:3 * rank + 3].requires_grad_(), own_R.requires_grad_()
     *statements, gathered = row("n / p plain experts")
     names = dict(torch=torch, dist=torch.distributed, p=2, rank=rank, W=own)
     exec("\n".join(statements), names)
-    for R, W_g in ((one, whole), (other, eval(gathered, names))):
-        erc_moe.erc_loss(R, W_g, generator=seeded(0)).backward()
-    for found, wanted in ((other.grad, one.grad), (own.grad, whole.grad[3 * rank:3 * rank + 3])):
+    for pair in ((R, W_g), (own_R, eval(gathered, names))):
+        erc_moe.erc_loss(*pair, generator=seeded(0)).backward()
+    for found, wanted in ((own_R.grad, R.grad), (own.grad, W_g.grad[3 * rank:3 * rank + 3])):
         assert wanted.any() and torch.allclose(found, wanted), f"{(found / wanted).nanmean()} times the gradient"
 
 
-def test_two_processes_learn_what_one_does():
+def worker(rank, store):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    for work in (under_ddp, in_slices, in_plain_parts):
+        work(rank)
+    gc.collect()  # ends the threads of process groups that models held; at Python's own end they can abort it
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     """The template of the README and couple.py, under DDP, FSDP2, tensor and expert parallelism."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               "--nproc-per-node=2", __file__]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo",
-                       PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "experiments")]))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(worker, [tmp_path / "store"], nprocs=2)
 
 
 def refuses(model, *texts):
     """add_erc_gradient ends with one line that holds all the texts, and adds nothing."""
     before = gradients(model)
     with pytest.raises(ValueError) as refused:
-        ours(model)
+        couple.add_erc_gradient(model, 3)
     line = str(refused.value)
     assert "\n" not in line and all(text in line for text in texts), line
     assert gradients(model).keys() == before.keys(), "refused, yet something was added"
@@ -315,11 +308,3 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     assert f"{lost} is stored in 8 bits" in refusal()
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in refusal()
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    for work in (under_ddp, in_slices, in_plain_parts):
-        work(torch.distributed.get_rank())
-    gc.collect()  # ends the threads of process groups that models held; at Python's own end they can abort it
-    torch.distributed.destroy_process_group()
