@@ -1,7 +1,4 @@
-"""What couple.py reads from each family of transformers is right, or refused: experiments/families.py, as tests.
-
-Needs transformers. Run: python -m pytest tests/test_families.py
-"""
+"""What couple.py reads from each family of transformers is right, or refused: experiments/families.py, as tests."""
 
 import json
 from pathlib import Path
@@ -36,29 +33,20 @@ def test_the_verdict_is_the_one_in_results(family):
 
 
 def test_planted_errors_are_seen(monkeypatch):
-    """The up half, halves for pairs, the next expert, another R, no gradient, a projection in between: all are seen."""
-    right, rows = couple.router_and_gates, "0 of 384 rows are an x W_g"
-    assert families.problems(families.small_model("olmoe")) == [], "wrong even without a planted error"
-    both = lambda layer: layer.experts.gate_up_proj.mT                                                  # (n, d, 2D)
-    for planted, sentence in [
-        (lambda name, layer: (layer.gate.weight, both(layer)[..., 16:]), rows),
-        (lambda name, layer: (layer.gate.weight, both(layer)[..., ::2]), "of 384 rows are an x W_g"),
-        (lambda name, layer: (layer.gate.weight, both(layer).roll(1, 0)[..., :16]), "another order"),
-        (lambda name, layer: (layer.gate.weight[:, :16].repeat(1, 2), both(layer)[..., :16]), "scores are not x R^T"),
-        (lambda name, layer: (layer.gate.weight.detach(), both(layer)[..., :16]), "the gradient reaches"),
-    ]:
-        monkeypatch.setattr(couple, "router_and_gates", lambda name, layer, gather=None, planted=planted:
-                            planted(name, layer))
+    """A projection before the experts, the up half, a router without gradient: the verdict looks at the real layer."""
+    projected, rows = families.small_model("olmoe"), "0 of 384 rows are an x W_g"
+    for layer in projected.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: (args[0].flip(-1), *args[1:]))
+    assert rows in "; ".join(families.problems(projected)), "a projection in between"
+    for planted, sentence in (
+            (lambda name, layer, *_: (layer.gate.weight, layer.experts.gate_up_proj[:, 16:].mT), rows),
+            (lambda name, layer, *_: (layer.gate.weight.detach(), layer.experts.gate_up_proj[:, :16].mT), "reaches")):
+        monkeypatch.setattr(couple, "router_and_gates", planted)
         found = "; ".join(families.problems(families.small_model("olmoe")))
         assert sentence in found, f"{sentence}: only {found}"
-    monkeypatch.setattr(couple, "router_and_gates", right)
-    model, between = families.small_model("olmoe"), torch.randn(32, 32)
-    for layer in model.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(lambda _, args: (args[0] @ between, *args[1:]))
-    assert rows in "; ".join(families.problems(model)), "a projection in between"
 
 
-@pytest.mark.parametrize("family", ["gemma4", "diffusion_gemma", "muse_spark"])
+@pytest.mark.parametrize("family", ["gemma4", "muse_spark"])
 def test_what_a_refusal_says_to_do_is_right(family):
     """R and f as in the sentence: tokens go where x R^T is largest, and f(x) W_g enters the activation."""
     model = families.small_model(family)
