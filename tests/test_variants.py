@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import AoE, AoETransformer, coupled, dense_config, expected_norms, orthogonality, random_router
+from variants import (AoE, AoETransformer, coupled, dense_config, expected_norms, orthogonality, random_router,
+                      response_norms)
 
 import train
-from erc_moe import MoE, MoEConfig, MoETransformer, activation_norms, noise_bound, perturb
+from erc_moe import MoE, MoEConfig, MoETransformer, activation_norms, coupling_hinge, noise_bound, perturb
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-PARTS = dict(up=("R", "W_p"), silu=("R", "W_g"), swiglu=("R", "W_g", "W_p"), output=("R", "W_g", "W_p", "W_o"))
 
 
 def small(**changes):
@@ -34,11 +34,11 @@ def trained(model, data, **changes):
 
 def aoe_by_loops(aoe, x):
     """One token at a time, one expert at a time -> (output [N, d], counts)."""
-    n, outputs, counts = len(aoe.W_down), [], [0] * len(aoe.W_down)
+    outputs, counts = [], [0] * len(aoe.W_down)
     for token in x.flatten(0, 1):
-        logits = torch.stack([(token @ aoe.W_down[i]).square().sum().sqrt() for i in range(n)])
+        logits = torch.stack([(token @ W_down).square().sum().sqrt() for W_down in aoe.W_down])
         probs, y = logits.exp() / logits.exp().sum(), 0
-        for i in sorted(range(n), key=lambda i: -logits[i].item())[:aoe.top_k]:
+        for i in sorted(range(len(logits)), key=lambda i: -logits[i].item())[:aoe.top_k]:
             counts[i] += 1
             a, b = token @ aoe.W_down[i] @ aoe.W_up[i], token @ aoe.W_p[i]
             y = y + probs[i] * ((a * a.sigmoid() * b) @ aoe.W_o[i])
@@ -46,17 +46,14 @@ def aoe_by_loops(aoe, x):
     return torch.stack(outputs), counts
 
 
-@pytest.mark.parametrize("K", [1, 3])
-def test_an_aoe_layer_equals_a_loop_over_tokens_in_output_and_all_gradients(K):
+def test_an_aoe_layer_equals_a_loop_over_tokens_in_output_and_all_gradients():
     """Experts are chosen by ||x W_down[i]|| and go on with W_down[i] W_up[i]. Two that respond little are idle."""
-    aoe, x = AoE(small(top_k=K)), torch.randn(2, 9, 16)
+    aoe, x, direction = AoE(small(top_k=3)), torch.randn(2, 9, 16), torch.randn(18, 16)
     aoe.W_down.data[[0, 3]] *= 1e-3
     slow = copy.deepcopy(aoe).double()
-    y, stats = aoe(x)
-    y_slow, counts = aoe_by_loops(slow, x.double())
-    direction = torch.randn(2, 9, 16)
-    (y * direction).sum().backward()
-    (y_slow * direction.flatten(0, 1)).sum().backward()
+    (y, stats), (y_slow, counts) = aoe(x), aoe_by_loops(slow, x.double())
+    (y.flatten(0, 1) * direction).sum().backward()
+    (y_slow * direction).sum().backward()
     assert stats.load.tolist() == counts and counts[0] == counts[3] == 0, f"{stats.load.tolist()}, loop {counts}"
     for name, ours, theirs in (("output", y.flatten(0, 1), y_slow), *(
             (name, getattr(aoe, name).grad, getattr(slow, name).grad) for name in ("W_down", "W_up", "W_p", "W_o"))):
@@ -101,43 +98,37 @@ def test_expected_norms_are_the_root_mean_square_of_many_draws():
     assert error < 4.5, f"{error:.1f} standard errors apart"  # the largest of 36
 
 
-def loss_by_loops(how, moe, alpha, u):
-    """The loss of one layer, number by number; u [n, d] is the noise before it is scaled, in [-1, 1)."""
-    n, M, R = len(moe.R), {}, moe.R.detach()
-    for i in range(n):
-        epsilon = min((R[i] - R[j]).norm() for j in range(n) if j != i) / (2 * R[i].norm())
-        proxy = moe.R[i] * (1 + epsilon * u[i]) if how in PARTS else moe.R[i]
-        for j in range(n):
-            a, b = proxy @ moe.W_g[j], proxy @ moe.W_p[j]
-            y = dict(clean=a, expected=a, up=b, silu=a * a.sigmoid()).get(how, a * a.sigmoid() * b)
-            M[i, j] = (y @ moe.W_o[j] if how == "output" else y).norm()
-            if how == "expected":
-                spread = sum((moe.R[i, k] * moe.W_g[j, k]).norm() ** 2 for k in range(R.size(1)))
-                M[i, j] = (M[i, j] ** 2 + epsilon**2 / 3 * spread).sqrt()
-    return sum((M[i, j] - alpha * M[i, i]).clamp(min=0) + (M[j, i] - alpha * M[i, i]).clamp(min=0)
-               for i in range(n) for j in range(n) if i != j) / n**2
+@pytest.mark.parametrize("where, y", [
+    ("up", lambda a, b, W_o: b), ("silu", lambda a, b, W_o: a * a.sigmoid()),
+    ("swiglu", lambda a, b, W_o: a * a.sigmoid() * b), ("output", lambda a, b, W_o: (a * a.sigmoid() * b) @ W_o)])
+def test_another_activation_equals_loops_over_rows_and_experts(where, y):
+    """M[i, j], gradients too, is the norm of y for expert j and R[i]; a is what enters its activation, b the up half."""
+    moe = MoE(small()).double()
+    moe.R.data *= 3  # so that SiLU is not just a half
+    experts = [*zip(moe.W_g, moe.W_p, moe.W_o)]
+    M = torch.stack([y(row @ W_g, row @ W_p, W_o).norm() for row in moe.R for W_g, W_p, W_o in experts]).view(6, 6)
+    found = response_norms(where, moe.R, moe)
+    assert torch.allclose(found, M), where
+    ours, loops = (torch.autograd.grad(m.square().sum(), [*moe.parameters()], allow_unused=True) for m in (found, M))
+    for one, other in zip(ours, loops):
+        assert one is other is None or torch.allclose(one, other), f"{where}: gradients"
 
 
-@pytest.mark.parametrize("how", ["clean", "expected", *PARTS])
-def test_a_loss_with_another_M_equals_loops_in_value_and_gradients(how):
-    """Two calls, each with the noise of that step of the trainer. Gradients reach that activation's matrices only."""
-    model, loss = MoETransformer(small()), coupled(how, alpha=0.5, seed=7)
-    for moe in model.moe_layers():
-        moe.R.data *= 3  # so that SiLU is not just a half
-    for call in (1, 2):
-        model.zero_grad()
-        slow, noise = copy.deepcopy(model).double(), train.keyed_generator("cpu", 7, call, "erc")
-        wanted = sum(loss_by_loops(how, moe, 0.5, 2 * torch.rand(6, 16, generator=noise).double() - 1)
-                     for moe in slow.moe_layers()) / 2
-        value = loss(model)
-        assert abs(value - wanted) < 1e-5 * wanted, f"call {call}: {value:.7f}, by loops {wanted:.7f}"
-        value.backward()
-        wanted.backward()
-        ours, theirs = ({name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (model, slow))
-        assert {*ours} == {f"blocks.{i}.moe.{part}" for i in (0, 1) for part in PARTS.get(how, ("R", "W_g"))}, {*ours}
-        for name in ours:
-            off = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()
-            assert off < 1e-4, f"call {call}: gradient of {name} is off by {off:.1e} of its largest entry"
+def test_a_loss_with_another_M_is_the_hinge_of_it_in_mean_over_layers():
+    """Call s has the noise of step s of the trainer, or none. Its gradient reaches the matrices in M and no other."""
+    model = MoETransformer(small())
+    for how, M in dict(clean=lambda moe, noise: activation_norms(moe.R, moe.W_g),
+                       expected=lambda moe, noise: expected_norms(moe.R, moe.W_g),
+                       silu=lambda moe, noise: response_norms("silu", perturb(moe.R, noise_bound(moe.R), noise), moe),
+                       ).items():
+        loss = coupled(how, alpha=0.5, seed=7)
+        for call in (1, 2):
+            value, noise = loss(model), train.keyed_generator("cpu", 7, call, "erc")
+            wanted = sum(coupling_hinge(M(moe, noise), 0.5) for moe in model.moe_layers()) / 2
+            assert torch.allclose(value, wanted), f"{how}, call {call}: {value:.7f}, not {wanted:.7f}"
+    value.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {f"blocks.{i}.moe.{part}" for i in (0, 1) for part in ("R", "W_g")}, reached
 
 
 def test_orthogonality_of_two_rows_at_an_angle():
