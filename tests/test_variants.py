@@ -102,7 +102,7 @@ def test_expected_norms_are_the_root_mean_square_of_many_draws():
     ("up", lambda a, b, W_o: b), ("silu", lambda a, b, W_o: a * a.sigmoid()),
     ("swiglu", lambda a, b, W_o: a * a.sigmoid() * b), ("output", lambda a, b, W_o: (a * a.sigmoid() * b) @ W_o)])
 def test_another_activation_equals_loops_over_rows_and_experts(where, y):
-    """M[i, j], gradients too, is the norm of y for expert j and R[i]; a is what enters its activation, b the up half."""
+    """M[i, j] and its gradients: the norm of y, for expert j and R[i]. a enters its activation, b is the up half."""
     moe = MoE(small()).double()
     moe.R.data *= 3  # so that SiLU is not just a half
     experts = [*zip(moe.W_g, moe.W_p, moe.W_o)]
