@@ -83,8 +83,8 @@ def test_lora_is_coupled_by_the_merged_weight():
         assert not torch.allclose(base, R, atol=0.1), "the base alone would do"
 
 
-def test_the_hooks_of_the_readme_record_what_olmoe_computes():
-    """Its question to a layer, as printed, accepts OLMoE's router and gate half."""
+def test_the_hooks_of_the_question_record_what_olmoe_computes():
+    """The question of pasting.md to a layer, as printed, accepts OLMoE's router and gate half."""
     layer = small_model("olmoe").model.layers[0].mlp
     paste("needs a layer", dict(check_layer=check_layer, layer=layer, K=2, x=torch.randn(1, 64, d),
                                 R=layer.gate.weight, W_g=layer.experts.gate_up_proj[:, :D].mT))
@@ -154,10 +154,10 @@ def in_slices(rank):
 
 
 def in_plain_parts(rank):
-    """The README's row for plain experts in parts: each process holds 3 of 6, and the whole router."""
+    """What pasting.md says of plain experts in parts: each process holds 3 of 6, and the whole router."""
     (R, W_g), (own_R, every) = weights(6, d, D, grad=True), weights(6, d, D)
     own, own_R = every[3 * rank:3 * rank + 3].requires_grad_(), own_R.requires_grad_()
-    *statements, gathered = row("n / p plain experts")
+    *statements, gathered = row("Expert parallelism")
     names = dict(torch=torch, dist=torch.distributed, p=2, rank=rank, W=own)
     exec("\n".join(statements), names)
     for pair in ((R, W_g), (own_R, eval(gathered, names))):

@@ -1,4 +1,4 @@
-"""The loss pasted into other people's programs: the README's table, its question to a layer, its pitfalls."""
+"""The loss pasted into other people's programs: the table of layouts, the question to a layer, the pitfalls."""
 
 import re
 import types
@@ -13,20 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 import erc_moe
 
-README = Path(erc_moe.__file__).with_name("README.md").read_text(encoding="utf-8").partition("## Use it in your")[2]
+ROOT = Path(erc_moe.__file__).parent
+PAGES = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/pasting.md"))
 n, d, D = 4, 32, 16
 
 
 def paste(note, names):
-    """Runs the Python block that stands under this note of the README."""
-    (block,) = re.findall(rf"<!-- {note} -->\n```python\n(.*?)```", README, re.DOTALL)
+    """Runs the Python block that stands under this note of the README or of pasting.md."""
+    (block,) = re.findall(rf"<!-- {note} -->\n```python\n(.*?)```", PAGES, re.DOTALL)
     exec(block, names)
 
 
 def row(start):
-    """The expressions in the second column of a row of its table."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
-    return re.findall("`(.*?)`", line.split("|")[2])
+    """The expressions in the second column of a row of the table, or in a point of the list."""
+    (cell,) = re.findall(rf"(?s)\n(?:\| {re.escape(start)}.*?\||\* \*\*{start})(.*?)\n(?=[|*\n])", PAGES)
+    return re.findall("`(.*?)`", cell)
 
 
 def test_each_row_of_the_table_gives_the_gate_matrices():
