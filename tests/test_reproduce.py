@@ -1,7 +1,9 @@
 """The comparison: every variant starts from the same weights, what is measured equals loops, no result is lost."""
 
+import itertools
 import json
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -19,22 +21,21 @@ from prepare_data import UserError
 def test_what_is_measured_in_the_weights_equals_loops():
     """Table 2, the smallest alpha, norms, and cosines of rows and of gate columns, number by number."""
     torch.manual_seed(0)
-    model = MoETransformer(MoEConfig(16, 8, 2, 2, 16, 8, 6, 2))
+    model, n = MoETransformer(MoEConfig(16, 8, 2, 2, 16, 8, 6, 2)), 6
+    model.moe_layers()[1].R.data[0] /= 10  # so that constraints are broken at alpha 5, too
     found, moe = reproduce.measure(model, alpha=1.0), model.moe_layers()[1]
-    R, W_g, n = moe.R.detach().double(), moe.W_g.detach().double(), 6
+    R, W_g, others = moe.R.detach().double(), moe.W_g.detach().double(), [*itertools.permutations(range(n), 2)]
     cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
-    others = [(i, j) for i in range(n) for j in range(n) if i != j]
-    M = [[(R[i] @ W_g[j]).norm().item() for j in range(n)] for i in range(n)]
-    norms, columns = torch.stack([row.norm() for row in R]), [(i, W_g[i, :, a]) for i in range(n) for a in range(8)]
-    squares = [(i == j, cosine(a, b) ** 2) for i, a in columns for j, b in columns if a is not b]
-    within, between = ([square for same, square in squares if same == which] for which in (True, False))
+    M, norms = [[(row @ W).norm().item() for W in W_g] for row in R], torch.stack([row.norm() for row in R])
+    columns = itertools.permutations([(j, column) for j in range(n) for column in W_g[j].T], 2)
+    squares = [(i == j, cosine(a, b) ** 2) for (i, a), (j, b) in columns]
+    within, between = (statistics.mean(square for same, square in squares if same == which) for which in (True, False))
     for name, value in dict(
             loss=[sum(max(M[i][j] - a * M[i][i], 0) + max(M[j][i] - a * M[i][i], 0) for i, j in others) / n**2
                   for a in (1, 2, 3, 4, 5)],
             smallest_alpha=max(max(M[i][j], M[j][i]) / M[i][i] for i, j in others),
             norm_R=[norms.mean().item(), norms.std().item()],
-            cosine=sum(abs(cosine(R[i], R[j])) for i, j in others) / len(others),
-            neurons=sum(within) / len(within) * len(between) / sum(between)).items():
+            cosine=statistics.mean(abs(cosine(R[i], R[j])) for i, j in others), neurons=within / between).items():
         assert found[name][1] == pytest.approx(value, rel=1e-4, abs=1e-7), f"{name}: {found[name][1]}, loops {value}"
 
 
@@ -134,24 +135,21 @@ def test_a_run_leaves_a_result_that_can_be_loaded(data, monkeypatch, tmp_path):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """A function that writes a result of n16/plain into a folder of results, and returns its path."""
-    for module in (reproduce, report):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    """A function that writes a result of n16/plain into a folder of results."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "n16").mkdir()
-    def write(seed, val_ce, **changes):
-        its = dict(suite="n16", variant="plain", seed=seed, log=[dict(step=800, val_ce=val_ce)], weights=[], torch="2",
-                   settings=reproduce.settings_of("n16", "plain", seed), dtype="float32", data="d") | changes
-        (tmp_path / "n16" / f"plain-{seed}.json").write_text(json.dumps(its), encoding="utf-8")
-    return write
+    return lambda seed, val_ce, **changes: (tmp_path / "n16" / f"plain-{seed}.json").write_text(json.dumps(dict(
+        suite="n16", variant="plain", seed=seed, log=[dict(step=800, val_ce=val_ce)], weights=[], torch="2", data="d",
+        settings=reproduce.settings_of("n16", "plain", seed), dtype="float32") | changes), encoding="utf-8")
 
 
 def test_results_that_do_not_belong_here_are_named(write):
     """Other settings and foreign files: one line with the name. Two types do not stand in one table."""
     settings = reproduce.settings_of("n16", "plain", 1)
     write(0, 0.5)
-    for changes, words in ((dict(settings=settings | dict(steps=7)), "another version: steps 7, now 800"),
-                           (dict(settings=None), "no result of reproduce.py"),
-                           (dict(dtype="bfloat16"), "results of n16 differ in dtype")):
+    for changes, words in ((dict(settings=settings | dict(steps=7)), "1.json is of another version: steps 7"),
+                           (dict(settings=None), "1.json is no result"), (dict(dtype="bfloat16"), "n16 .*dtype")):
         write(1, 0.6, **changes)
         with pytest.raises(UserError, match=words):
             report.Results()
