@@ -212,8 +212,6 @@ def test_frozen_weights_learn_nothing_and_hold_nothing_up():
     (name,) = found = gradients(frozen)
     assert name == "model.layers.1.mlp.experts.gate_up_proj" and torch.equal(found[name], gradients(free)[name]), name
     refuses(frozen.requires_grad_(False), "can be trained")
-    with torch.no_grad():
-        refuses(free, "can be trained")
 
 
 SPOILT = {  # what is done to the second of two layers: what the line says of it
@@ -258,7 +256,8 @@ def report(source):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "longcat_flash"])
 def test_a_report_of_files_says_what_the_model_in_memory_does(family, tmp_path, monkeypatch):
     """Files of one expert a name, interleaved and transposed, with identity experts; of the index, not of leftovers.
-    When a layer is read, no other has its weights."""
+    When a layer is read, no other has its weights.
+    """
     model = small_model(family)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     files = sorted(tmp_path.glob("model*.safetensors"))
