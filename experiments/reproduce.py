@@ -112,9 +112,9 @@ SUITES = {
     "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds(25, "plain erc-1 erc-0.5") | seeds(8, "dense random")
                  | seeds(5, "aoe erc-0.4 erc-0.6 erc-0.8") | seeds(3, "erc-0 erc-2 erc-3 plain-z erc-1-z erc-0.5-z"
                  " probe-up probe-silu probe-swiglu probe-output no-noise closed-form orthogonal")),
-    "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds(8, "plain erc-1 erc-0.5") | seeds(3, "dense random")),
+    "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds(8, "plain erc-1 erc-0.5 dense random")),
     "text": Suite(TEXT, at_timescale(PAPER, dict(DEMO, data="data/stdlib", steps=1200, lr=2e-3)),
-                  seeds(6, "plain erc-1 erc-0.5") | seeds(3, "dense random")),
+                  seeds(6, "plain erc-1 erc-0.5 dense random")),
     "n16-slow": Suite(N16, dict(DEMO, moe_weight_decay=0.1), seeds(5, "plain erc-1 erc-0.5")),
     **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds(3, "plain erc-0.5"))
        for timescale in (0.9, 1.8, 9, 18)},
