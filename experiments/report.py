@@ -305,11 +305,11 @@ def filled(text, results):
 # ---- Figures: each fills one, or returns False where there is nothing to draw ----
 
 
-def band(ax, points, look, **style):
+def band(ax, points, look, opacity=0.18, **style):
     """points: {x: values of all seeds} -> a line through their means, and a band from the smallest to the largest."""
     xs, of_seeds = zip(*sorted(points.items())) if points else ((), ())
     ax.plot(xs, [*map(statistics.mean, of_seeds)], color=look[0], linestyle=look[1], **style)
-    ax.fill_between(xs, [*map(min, of_seeds)], [*map(max, of_seeds)], color=look[0], alpha=0.18, linewidth=0)
+    ax.fill_between(xs, [*map(min, of_seeds)], [*map(max, of_seeds)], color=look[0], alpha=opacity, linewidth=0)
 
 
 def premise_figure(fig, results):
@@ -317,8 +317,8 @@ def premise_figure(fig, results):
     for ax, which, title in zip(fig.subplots(1, 2), ("all", "hard"), (
             "all validation tokens", "quarter with the highest cross-entropy")):
         for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
-                                   ("random", "random expert", dict(linewidth=0.7))):
-            for variant, look in (("plain", LINES[0]), ("erc-0.5", LINES[2])):
+                                   ("random", "random expert", dict(linewidth=0.8, opacity=0))):
+            for variant, look in (("plain", (LINES[0][0], "-")), ("erc-0.5", (LINES[2][0], "--"))):
                 points = {SCAN[suite]: results.values(suite, variant, premise(name, "router", which)) for suite in SCAN
                           if results.seeds(suite, variant)}
                 band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
