@@ -82,7 +82,7 @@ def test_without_data_the_demo_corpus_is_prepared_first_by_one_process(monkeypat
         monkeypatch.setattr(prepare_data, "main", prepared.append)
         monkeypatch.setattr(train.time, "sleep", waits.append)
         monkeypatch.setattr(prepare_data, "is_finished", lambda _, p=prepared, w=waits: p or len(w) > 4)
-        monkeypatch.setattr(train, "processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(train, "rank_and_world_size", lambda rank=rank: (rank, 2))
         settings_of(*argv)
         assert (prepared, len(waits)) == (called, slept), f"rank {rank}, {argv}: {prepared}, {waits}"
 

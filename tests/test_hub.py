@@ -33,14 +33,14 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404)
         if not self.path.startswith("/cdn/"):
             headers = {"X-Linked-Size": len(data), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            return self.answer(302, Location="/cdn" + self.path, **headers)
+            return self.answer(302, Location="/cdn" + self.path, **(headers if habit != "portal" else {}))
         if habit[:3].isdigit():  # "503 3600": with the header Retry-After
             code, _, after = habit.partition(" ")
             return self.answer(int(code), **{"Retry-After": after})
         if habit == "hang":
             return time.sleep(0.5)
-        if habit == "web page":
-            return self.answer(200, b"<!DOCTYPE html><p>please log in</p>")
+        if habit in ("web page", "portal"):
+            return self.answer(200, b"<!DOCTYPE html><p>please log in</p>", None if habit == "portal" else 0)
         if habit == "wrong bytes":
             data = data[:-1] + b"?"
         begin, end, status = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]), len(data), 206
@@ -54,7 +54,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", length=0, **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": length or len(body), **headers}.items():
+        if length is not None:
+            headers["Content-Length"] = length or len(body)
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         with suppress(OSError):  # the client may have seen enough
@@ -109,6 +111,7 @@ def test_a_download_goes_on_as_long_as_new_bytes_come(hub, capsys):
     ("500", "HTTP Error 500", [0.5, 1, 2, 4]), ("hang", "timed out", [0.5, 1, 2, 4]),
     ("429 7", "HTTP Error 429", [7] * 4), ("503 3600", "HTTP Error 503", [60] * 4),
     ("503 Wed, 21 Oct 2026 07:28:00 GMT", "HTTP Error 503", [60] * 4), ("web page", "web page", [0.5, 1, 2, 4]),
+    ("portal", "web page", [0.5, 1, 2, 4]),  # it says no size at all
     ("wrong bytes", "sha256", []), ("401", "get the file yourself", []), ("404", "edit its commit", []),
 ])
 def test_a_bad_server_is_one_line_and_the_next_run_does(hub, capsys, monkeypatch, habit, words, waits):

@@ -226,17 +226,31 @@ def test_a_damaged_folder_is_refused_with_a_way_out(name, content, words):
     Path("mein fön", name).unlink(missing_ok=True)
     if content:
         write(f"mein fön/{name}", content)
-    again = "with prepare_data.py" if "whole" in words else "prepare_data.py PATH --out 'mein fön' --overwrite"
-    with pytest.raises(UserError, match=f"{words}.*{again}$"):
+    again = "with" if "whole" in words else "run: python"
+    with pytest.raises(UserError, match=f"{words}.*{again} prepare_data.py (PATH --out 'mein fön' )?--overwrite$"):
         load_data("mein fön")
 
 
 def test_missing_data_is_refused_with_the_command_that_makes_it():
-    """Of a source, or of own text. Shards without meta.json may be the user's: they must not be overwritten."""
+    """Of a source, or of own text. Shards without meta.json are someone's own: it adds none, and replaces none."""
     write("f/train.bin", shard([1]))
-    for folder, source, words in (("data/demo", "demo", "is missing"), ("f", "PATH", "has no validation shard")):
-        with pytest.raises(UserError, match=f"^{folder} {words}; run: python prepare_data.py {source} --out {folder}$"):
+    for folder, words in (("data/demo", "is missing; run: python prepare_data.py demo --out data/demo"),
+                          ("mine", "is missing; run: python prepare_data.py PATH --out mine"),
+                          ("f", "has no validation shard; add one")):
+        with pytest.raises(UserError, match=f"^{folder} {words}$"):
             load_data(folder)
+    write("f/val.bin", shard([1]))
+    with pytest.raises(UserError, match="^f holds other data; choose another --out$"):
+        main([write("a.txt", "x"), "--out", "f", "--tokenizer", "bytes"])
+
+
+def test_own_text_does_not_pass_for_a_source():
+    """train.py would take data/demo for the demo: demo.txt needs an --out. A link keeps its own name."""
+    for name in ("demo", "tinystories"):
+        with pytest.raises(UserError, match=f"data/{name} is for the source {name}; choose another folder with --out"):
+            main([write(f"{name}.txt", "one two"), "--tokenizer", "bytes"])
+    Path("story.txt").symlink_to("demo.txt")
+    assert main(["story.txt", "--tokenizer", "bytes"]) == 0 and load_data("data/story").train
 
 
 def test_run_program_is_where_errors_are_printed(capsys, monkeypatch):

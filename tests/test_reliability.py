@@ -373,12 +373,12 @@ def test_variables_that_torchrun_did_not_set_are_no_torchrun(data, monkeypatch):
 
 
 def test_closed_stdout_and_stderr_are_no_reason_to_stop(data, monkeypatch):
-    """A `| tee` that dies, and streams of None, as after `>&- 2>&-`: trained and saved all the same."""
+    """A terminal or reader that is gone, and streams of None, as after `>&- 2>&-`: trained and saved all the same."""
     writes = iter(range(4))
 
     def write(text):
         if next(writes, None) is None:
-            raise BrokenPipeError
+            raise OSError(5, "the terminal is gone")
 
     for out, stdout, stderr in ("left", SimpleNamespace(write=write, flush=list), sys.stderr), ("none", None, None):
         monkeypatch.setattr(sys, "stdout", stdout)

@@ -5,16 +5,18 @@ has test_command_line.py; kills, damage and full disks have test_reliability.py;
 """
 
 import csv
+import itertools
 import math
 import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,18 +149,41 @@ def test_accumulation_is_the_mean_over_the_micro_batches(data):
         assert float(log()[0][name]) == pytest.approx(value.item(), rel=1e-5), f"{name}: {log()[0][name]}, not {value}"
 
 
+def test_the_console_says_how_fast_it_goes_and_how_long_it_will(data, monkeypatch, capsys):
+    """By a clock that ticks once in each interval: 64 tokens a step; the time left from the second step on, also after
+    a resume, whose first step is slow too. On a GPU the FLOPs of bench.py as well.
+    """
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    trained(data, steps=7, log_every=2)
+    run = new_run(data, steps=11, log_every=3, out="out", state=checkpoint())
+    train.train(run)
+    lines = [line.split(" | ")[-2:] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [rest[-1] for rest in lines] == ["6 tok/s", "0:00:50 left", "0:00:15 left", "0:00:05 left", "6 tok/s",
+                                            "0:00:20 left", "13 tok/s"], lines
+    run.device = torch.device("cuda")
+    line = train.log_line(run, dict.fromkeys(train.LOG_COLUMNS, 0) | dict(tokens_per_s=1e9), None)
+    assert f" | {bench.flops_per_token(run.model.config) / 1e3:.1f} TFLOP/s" in line, line
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_with_twice_the_accumulation(data):
-    """torchrun with 2 processes of 2 micro-batches equals one process of 4: the log, and weights up to rounding."""
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_learn_what_one_does_with_twice_the_accumulation(data, machines):
+    """2 processes of 2 micro-batches equal one of 4: the log, and weights up to rounding. On a machine, and on two that
+    share the folder, as two agents of torchrun act them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-               f"--master-port={port}", str(ROOT / "train.py"), *flags(data, accumulate=2, out="two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"))
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert done.stdout.count("val_ce") == 2, f"one process prints, not each:\n{done.stdout}"  # last step, and report
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", "--master-addr=127.0.0.1",
+                f"--nproc-per-node={2 // machines}", f"--master-port={port}"]
+    agents = [subprocess.Popen(
+        [*torchrun, f"--node-rank={i}", str(ROOT / "train.py"), *flags(data, accumulate=2, out="two")], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1",
+                                                                 GLOO_SOCKET_IFNAME="lo")) for i in range(machines)]
+    printed, errors = map("".join, zip(*(agent.communicate(timeout=240) for agent in agents)))
+    assert not any(agent.returncode for agent in agents) and "Traceback" not in errors, errors[-2000:]
+    assert printed.count("val_ce") == 2, f"one process prints, not each:\n{printed}"  # last step, and report
     trained(data, accumulate=4, out="one")
     difference = gap(checkpoint("one")["model"], checkpoint("two")["model"])
     assert 0 <= difference < 2e-5, f"weights differ by {difference:.1e}"
@@ -297,7 +322,6 @@ def test_evaluation_by_hand(data, monkeypatch):
 def test_the_log_has_step_1_every_interval_every_evaluation_and_the_last(data):
     """11 steps, logged every 4, evaluated every 3: lines 1 3 4 6 8 9 11, each cell filled where it has a value."""
     evaluated = []
-    begin = time.perf_counter()
     result = trained(data, watch=lambda model, step: evaluated.append(step), steps=11, log_every=4, eval_every=3)
     assert Path("out", "log.csv").read_text().splitlines()[0].split(",") == (
         "step tokens ce val_ce response_ce balance z erc epsilon violated coupling agreement max_load dead lr grad_norm"
@@ -309,7 +333,6 @@ def test_the_log_has_step_1_every_interval_every_evaluation_and_the_last(data):
         assert empty == (set() if int(row["step"]) in evaluated else {"val_ce", "response_ce", "agreement"}), row
         assert all(math.isfinite(float(value)) for value in row.values() if value), row
         assert int(row["tokens"]) == int(row["step"]) * 64, row
-    assert result["tokens_per_s"] >= 64 / (time.perf_counter() - begin), "steps take longer than the whole run"
     last = {name: float(value) for name, value in rows[-1].items()}
     assert {**last, "signal": 0, "tokens_per_s": result["tokens_per_s"]} == result, f"{result} is not {last}"
 
