@@ -440,7 +440,7 @@ def train(run, extra_loss=None, watch=None):
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     row, stop, first = {}, 0, run.step + 1
     timed_from, clock = run.step, time.perf_counter()
-    no_bar = None if run.log else True  # None: none where there is no terminal
+    no_bar = None if run.log and sys.stderr else True  # None: none where there is no terminal
     if run.log:
         total, active = model.num_params()
         print(f"{config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"

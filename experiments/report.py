@@ -98,7 +98,7 @@ def judged(result):
     return result["copies"]["ce_other"] if result["copies"] else result["log"][-1]["val_ce"]
 
 
-COST = "response less router"
+COST = "cost of response"
 PREMISE = {"router's choice": ("router", ".3f"), "strongest response": ("response", ".3f"),
            "random expert": ("random", ".3f"), "best": ("best", ".3f"), "router picks best": ("router_best", ".0%"),
            "response picks best": ("response_best", ".0%")}
@@ -212,17 +212,21 @@ def named(suites, variants):
             for suite in suites for variant in variants}
 
 
-def scan_table(results):
-    """The suites of all timescales, each with the seeds that all of them have."""
-    suites = {timescale: (suite, "plain") for suite, timescale in SCAN.items() if results.seeds(suite, "erc-0.5")}
-    every = [set(results.seeds(suite, variant)) for suite, _ in suites.values() for variant in ("plain", "erc-0.5")]
+def of_shared_seeds(results):
+    """The results of the suites of all timescales, each of the seeds that all of them have."""
+    every = [set(results.seeds(suite, variant)) for suite in SCAN if results.seeds(suite, "erc-0.5")
+             for variant in ("plain", "erc-0.5")]
     shared = set.intersection(*every) if every else set()
+    return Results({job: result for job, result in results.items() if job[0] in SCAN and job[2] in shared})
+
+
+def scan_table(results):
     return rows({
         **{title: across(("plain", "erc-0.5"), title) for title in (
             "val_ce", "judged", "agreement", "smallest alpha", *list(PREMISE)[:3])},
         f"{COST}, plain {CI}": across(["plain"], COST, delta),
         f"with alpha 0.5, delta {CI}": across(["erc-0.5"], COST, delta, True),
-    }, suites)(Results({job: result for job, result in results.items() if job[2] in shared}))
+    }, {timescale: (suite, "plain") for suite, timescale in SCAN.items()})(of_shared_seeds(results))
 
 
 def basis(results, suite):
@@ -257,9 +261,10 @@ def intervals_table(results):
 SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
     "short": rows({
-        **{f"{title}, {name}": across([variant], title) for title in (COST, "agreement")
-           for name, variant in {"plain": "plain", **HALVES}.items()},
-        **{f"quality, {name} {CI}": across([variant], "judged", delta, True) for name, variant in HALVES.items()},
+        **{f"{COST}, {name}": across([variant], COST) for name, variant in {"plain": "plain", **HALVES}.items()},
+        f"alpha 0.5: delta {CI}": across(["erc-0.5"], COST, delta, True),
+        **{f"quality, {name}: delta {CI}": across([variant], "judged", delta, True)
+           for name, variant in HALVES.items()},
     }, SIZED),
     "premise": rows({
         **{title: all_and_hard(title) for title in PREMISE}, "agreement": cell("agreement"),
@@ -314,6 +319,7 @@ def band(ax, points, look, opacity=0.18, **style):
 
 def premise_figure(fig, results):
     """What it costs to choose by response, or at random, instead of by router, by timescale."""
+    results = of_shared_seeds(results)
     for ax, which, title in zip(fig.subplots(1, 2), ("all", "hard"), (
             "all validation tokens", "quarter with the highest cross-entropy")):
         for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
@@ -322,8 +328,8 @@ def premise_figure(fig, results):
                 points = {SCAN[suite]: results.values(suite, variant, premise(name, "router", which)) for suite in SCAN
                           if results.seeds(suite, variant)}
                 band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
-        ax.set(title=f"16 experts, {title}", xscale="log", xlabel="sum of lr x decay (the paper's: 3.7)", ylim=0,
-               ylabel="nats above the router's choice", xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
+        ax.set(title=f"16 experts, {title}", xlabel="timescale: sum of lr x decay (the paper's: 3.7)", xscale="log",
+               ylabel="nats above the router's choice", ylim=0, xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
         ax.minorticks_off()
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return bool(results)

@@ -15,7 +15,7 @@ README, FINDINGS = (path.read_text(encoding="utf-8") for path in report.TEXTS)
 
 
 def result(suite, variant, ce, cost=0.1, M=None):
-    """What a run could leave; cost: strongest response less router."""
+    """What a run could leave; cost: of response."""
     routed = variant not in ("aoe", "dense")
     log = dict(step=20, val_ce=ce, agreement=0.3, violated=0.1, **dict(epsilon=0.5, coupling=1.1) if routed else {})
     premise = dict(router=ce, response=ce + cost, random=2, best=0.1, router_best=0.5, response_best=0.4)
