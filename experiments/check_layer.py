@@ -25,6 +25,7 @@ def check_layer(R, W_g, x, scores, seen, K):
     assert known.any() and known.all(), (
         f"{known.sum()} of {len(known)} rows are an x W_g[j]: another matrix or layout, a bias, a shared expert, a map")
     assert saw.any(dim=0).all(), f"the experts saw {saw.sum(dim=0).tolist()} tokens: pass more, so that each sees one"
-    astray, most = saw & (scores < scores.topk(K).values[:, -1:]), saw.sum(dim=1).max()    # (N, n), []
-    assert not astray.any() and most == K, (
-        f"{astray.sum()} times W_g[j] saw a token without j in its top {K}: another order, or K is wrong ({most}?)")
+    most = saw.sum(dim=1).max()
+    assert most == K, f"a token reaches {most} experts, and K is {K}"
+    astray = saw & (scores < scores.topk(K).values[:, -1:])                                     # (N, n)
+    assert not astray.any(), f"{astray.sum()} times W_g[j] saw a token without j in its top {K}: another order"

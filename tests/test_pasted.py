@@ -95,7 +95,7 @@ def test_the_question_accepts_what_is_right(odd, dtype):
     ("wide", lambda seen, **_: dict(seen=[rows.repeat(1, 2) for rows in seen])),        # gate and up together
     ("80 .* for 40", lambda scores, **_: dict(scores=2 * scores)),                      # of two runs
     ("each sees one", lambda seen, **_: dict(seen=seen[1:])),                           # too few tokens
-    ("K is wrong .2", lambda **_: dict(K=3)),
+    ("reaches 2 experts, and K is 3", lambda **_: dict(K=3)),
 ])
 def test_the_question_rejects_what_is_wrong(said, wrong):
     """Other matrices, layouts and orders, another R or K, other records: it says what got a no."""
