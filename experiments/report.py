@@ -262,7 +262,7 @@ SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
     "short": rows({
         **{f"{COST}, {name}": across([variant], COST) for name, variant in {"plain": "plain", **HALVES}.items()},
-        f"alpha 0.5: delta {CI}": across(["erc-0.5"], COST, delta, True),
+        **{f"{name}: delta {CI}": across([variant], COST, delta, True) for name, variant in HALVES.items()},
         **{f"quality, {name}: delta {CI}": across([variant], "judged", delta, True)
            for name, variant in HALVES.items()},
     }, SIZED),
@@ -274,7 +274,7 @@ TABLES = {
     "constraints": rows({
         **{title: across(MAIN, title) for title in ("broken", "smallest alpha", "coupling", "agreement")},
         **{f"{name}: delta {CI}": across([variant], "agreement", delta, True) for name, variant in HALVES.items()},
-        **{title: across(MAIN, title) for title in ("R[i] and its tokens", "R[i] and a sample")},
+        **{title: across((*MAIN, "random"), title) for title in ("R[i] and its tokens", "R[i] and a sample")},
     }, SIZED | {"16 experts, timescale 0.18": ("n16-slow", "plain"), "16 experts, z-loss": ("n16", "plain-z")}),
     "scan": scan_table, "quality": quality_table,
     "decoupled": rows({
