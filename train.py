@@ -1,7 +1,7 @@
 """Train a small MoE language model with the expert-router coupling (ERC) loss, on one GPU or on a laptop's CPU.
 
     python train.py                                # the embedded corpus, without a network; minutes on two CPU cores
-    python train.py --preset tinystories           # one 24 GB GPU; before it: python prepare_data.py tinystories
+    python train.py --preset tinystories           # one 16 GB GPU; before it: python prepare_data.py tinystories
     python train.py --preset tinystories --resume  # go on where that run stopped
     python train.py --sample "To make"             # let the model in out/demo continue a text
     torchrun --nproc-per-node=2 train.py ...       # data-parallel
@@ -77,7 +77,7 @@ class TrainConfig:
 
 # Every setting is a flag, except for vocab_size, which comes from the data.
 FLAGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.name != "vocab_size"]
-# For one GPU with 24 GB, with many small experts, as in the paper.
+# For one GPU, by count of tensors with 16 GB or more; with many small experts, as in the paper.
 FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8,
                  lr=1e-3, eval_every=500, save_every=1000)
 # Over a run, the sum of lr * moe_weight_decay is about 3.7, as in the paper, whose decay is 0.1 in 167,000 steps. With
