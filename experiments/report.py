@@ -93,6 +93,12 @@ def premise(name, less=None, which="all"):
         result["premise"][which][name] - (result["premise"][which][less] if less else 0))
 
 
+def closed(result):
+    """Of the way from a random expert to the router's choice, the share that the strongest response comes."""
+    found = result["premise"] and result["premise"]["all"]
+    return found and (found["random"] - found["response"]) / (found["random"] - found["router"])
+
+
 def judged(result):
     """The cross-entropy by which quality is judged: of tokens that are no copies; on source code, of all."""
     return result["copies"]["ce_other"] if result["copies"] else result["log"][-1]["val_ce"]
@@ -111,7 +117,7 @@ QUANTITIES = {  # title -> a function of a result, and how it is written
     "cosine of rows of R": (weights("cosine"), ".2f"), "gate columns": (weights("neurons"), ".2f"),
     "broken under noise": (weights("noisy"), ".1%"),
     COST: (premise("response", "router"), ".3f"), f"{COST}, hard": (premise("response", "router", "hard"), ".3f"),
-    "response less random": (premise("response", "random"), ".3f"),
+    "response less random": (premise("response", "random"), ".3f"), "closed": (closed, ".0%"),
     **{title: (premise(name), form) for title, (name, form) in PREMISE.items()},
     **{f"{title}, hard": (premise(name, which="hard"), form) for title, (name, form) in PREMISE.items()},
     "R[i] and its tokens": (lambda result: result["centres"] and statistics.mean(result["centres"]["own"]), ".2f"),
@@ -249,20 +255,28 @@ def quality_table(results):
 
 def intervals_table(results):
     """How many intervals the tables have, and how many exclude 0; each is counted once, in the first table it is in."""
-    counts, seen = [("", "intervals", "exclude 0", "by chance, if all were 0")], set()
+    lines, seen = [("", "intervals", "exclude 0", "by chance, if all were 0")], set()
+
+    def count(name, found):
+        outside = sum(one.split("[")[1][0] == one.split(", ")[1][0] for _, one in found)   # both ends of one sign
+        lines.append((name, len(found), outside, f"{len(found) / 20:.1f}"))
+
     for name in ("premise", "constraints", "scan", "quality", "ablations"):
-        found = set(re.findall(r"\| (\S+ \[\S+, \S+\]) (?=\|)", TABLES[name](results))) - seen
+        found = {(row.split(" | ")[0], one) for row in TABLES[name](results).splitlines()
+                 for one in re.findall(r"\| (\S+ \[\S+, \S+\]) (?=\|)", row)} - seen
         seen |= found
-        outside = sum(one.split("[")[1][0] == one.split(", ")[1][0] for one in found)  # both ends of one sign
-        counts.append((name, len(found), outside, f"{len(found) / 20:.1f}"))
-    return table(*counts)
+        count(name, found)
+        if name == "quality":
+            count("... of ERC alone", {(row, one) for row, one in found if "ERC" in row})
+    return table(*lines)
 
 
 SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
     "short": rows({
-        **{f"{COST}, {name}": across([variant], COST) for name, variant in {"plain": "plain", **HALVES}.items()},
-        **{f"{name}: delta {CI}": across([variant], COST, delta, True) for name, variant in HALVES.items()},
+        f"{COST}: plain / alpha 1 / alpha 0.5": across(MAIN, COST),
+        f"alpha 0.5: delta {CI}": across(["erc-0.5"], COST, delta, True),
+        "closed: plain / alpha 1 / alpha 0.5 / random router": across((*MAIN, "random"), "closed"),
         **{f"quality, {name}: delta {CI}": across([variant], "judged", delta, True)
            for name, variant in HALVES.items()},
     }, SIZED),
@@ -270,6 +284,7 @@ TABLES = {
         **{title: all_and_hard(title) for title in PREMISE}, "agreement": cell("agreement"),
         **{f"{title} {CI}": cell(title, delta) for title in ("response less random", COST, f"{COST}, hard")},
         f"its delta to plain {CI}": cell(COST, delta, True), "detectable": cell(COST, detectable, True),
+        "closed": cell("closed"), f"closed, delta {CI}": cell("closed", delta, True),
     }, named(SIZES, (*MAIN, "random", "aoe"))),
     "constraints": rows({
         **{title: across(MAIN, title) for title in ("broken", "smallest alpha", "coupling", "agreement")},
@@ -291,7 +306,8 @@ TABLES = {
         ("the paper's 3B, ERC", "", "1.67 ± 0.31 / 0.83 ± 0.07 / 0.73 ± 0.10", "29.8", "0 / 0 / 0")),
     "ablations": rows({
         f"delta to plain {CI}": cell("judged", delta, True), "detectable": cell("judged", detectable, True),
-        **{title: cell(title) for title in (COST, "agreement", "broken", "smallest alpha", "epsilon",
+        f"{COST}, delta {CI}": cell(COST, delta, True),
+        **{title: cell(title) for title in ("closed", "agreement", "broken", "smallest alpha", "epsilon",
                                             "broken under noise", "cosine of rows of R", "gate columns")},
     }, named(["n16"], [variant for variant in NAMES if variant not in ("aoe", "dense", "random")])),
     "intervals": intervals_table,
