@@ -80,6 +80,7 @@ def test_premise_and_quality_stand_in_their_columns():
     half = cells("premise", *rows)[1]
     assert half[""] == "`n64`: ERC, alpha 0.5" and half["router's choice"] == "0.330 / 0.330", half
     assert half["strongest response"] == "0.380 / 0.380" and half["response picks best"] == "40% / 40%", half
+    assert half["closed"] == "97%", f"(2 - .36) / (2 - .31) and (2 - .40) / (2 - .35): {half}"
     assert half["response less random [95% CI]"] == "-1.620 [-1.874, -1.366]", f"t 12.706, standard error .02: {half}"
     assert half["its delta to plain [95% CI]"].startswith("-0.200 ["), half
     half = cells("quality", *rows)[1]
