@@ -307,7 +307,7 @@ TABLES = {
     "ablations": rows({
         f"delta to plain {CI}": cell("judged", delta, True), "detectable": cell("judged", detectable, True),
         f"{COST}, delta {CI}": cell(COST, delta, True),
-        **{title: cell(title) for title in ("closed", "agreement", "broken", "smallest alpha", "epsilon",
+        **{title: cell(title) for title in ("agreement", "broken", "smallest alpha", "epsilon",
                                             "broken under noise", "cosine of rows of R", "gate columns")},
     }, named(["n16"], [variant for variant in NAMES if variant not in ("aoe", "dense", "random")])),
     "intervals": intervals_table,
