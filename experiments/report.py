@@ -337,7 +337,7 @@ def premise_figure(fig, results):
     """What it costs to choose by response, or at random, instead of by router, by timescale."""
     results = of_shared_seeds(results)
     for ax, which, title in zip(fig.subplots(1, 2), ("all", "hard"), (
-            "all validation tokens", "quarter with the highest cross-entropy")):
+            "all validation tokens", "quarter of highest cross-entropy")):
         for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
                                    ("random", "random expert", dict(linewidth=0.8, opacity=0))):
             for variant, look in (("plain", (LINES[0][0], "-")), ("erc-0.5", (LINES[2][0], "--"))):
