@@ -81,7 +81,7 @@ FLAGS = [field for field in (*fields(TrainConfig), *fields(MoEConfig)) if field.
 FOR_A_GPU = dict(n_layers=8, n_heads=8, d_model=512, d_expert=256, n_experts=64, top_k=8,
                  lr=1e-3, eval_every=500, save_every=1000)
 # Over a run, the sum of lr * moe_weight_decay is about 3.7, as in the paper, whose decay is 0.1 in 167,000 steps. With
-# 0.1 in runs as short as these, the weights of router and experts would keep all that they ever were.
+# 0.1 in runs as short as these, the weights of router and experts would forget next to nothing.
 PRESETS = {
     "demo": {},
     "tinystories": dict(FOR_A_GPU, data="data/tinystories", out="out/tinystories", context_length=512,
@@ -160,8 +160,8 @@ def documents_fit(data, T):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    Where an entropy floor is known, and all documents fit, these are all whole documents, as the floor is one of them.
-    Else these are about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
+    Where an entropy floor is known, and all documents fit, these are all documents, whole, as the floor is that of whole
+    ones. Else these are about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
     """
     rows, shards = [], [torch.frombuffer(shard, dtype=torch.uint16) for shard in data.val if len(shard) > T]
     for shard in shards:
@@ -440,13 +440,7 @@ def train(run, extra_loss=None, watch=None):
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     row, stop, first = {}, 0, run.step + 1
     timed_from, clock = run.step, time.perf_counter()
-    no_bar = None if run.log and sys.stderr else True  # None: none where there is no terminal
-    if run.log:
-        total, active = model.num_params()
-        print(f"{config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"
-              f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
-              f"data:  {config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
-              flush=True)
+    no_bar = None if run.log and sys.stderr else True  # None: a bar on a terminal only
     with (signals_noted() as signals, run.log or contextlib.nullcontext(),
           tqdm(total=config.steps, initial=run.step, unit="step", disable=no_bar) as bar):
         for step in range(first, config.steps + 1):
@@ -571,6 +565,15 @@ def sample(model, tokenizer, prompt, config):
     return tokenizer.decode([i for i in tokens[0].tolist() if i != tokenizer.eot_token])
 
 
+def introduce(run):
+    """Prints what will run on what."""
+    total, active = run.model.num_params()
+    print(f"{run.config.steps:,} steps of {run.step_tokens:,} tokens on {run.device}, {run.dtype}\n"
+          f"model: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active for a token\n"
+          f"data:  {run.config.data}, {sum(map(len, run.data.train)):,} training tokens ({run.data.tokenizer})",
+          flush=True)
+
+
 def report(run, result, argv):
     """Prints how a run ended: quality, memory, a sample, and what one may do next."""
     out, floor = shlex.quote(run.config.out), run.data.meta.get("entropy_floor")
@@ -661,6 +664,8 @@ def main(argv=None):
     try:
         run = Run(config, moe, state=state, overwrite=options.overwrite)
         del state  # the weights and two moments of each, on the CPU
+        if rank == 0:
+            introduce(run)
         result = train(run)
     except torch.OutOfMemoryError as error:
         raise UserError("out of memory; start a new run with a lower --batch-size, and a higher --accumulate to make up"
