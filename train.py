@@ -160,8 +160,8 @@ def documents_fit(data, T):
 def validation_batches(data, T, batch_size):
     """The same tokens at every evaluation -> list of (inputs [B, T], targets [B, T]); target -100 does not count.
 
-    Where an entropy floor is known, and all documents fit, these are all documents, whole, as the floor is that of whole
-    ones. Else these are about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
+    Where an entropy floor is known, and all documents fit: all documents, each whole, as the floor takes them. Else
+    about VAL_WINDOWS windows, evenly spaced, which may begin inside a document.
     """
     rows, shards = [], [torch.frombuffer(shard, dtype=torch.uint16) for shard in data.val if len(shard) > T]
     for shard in shards:
