@@ -79,7 +79,7 @@ def run_program(main):
 @contextmanager
 def replacing(path):
     """An open binary file that becomes `path` at the end of the with block: a kill at any moment leaves the old file or
-    the new one. An exception leaves the old one, removes the half file, and goes on.
+    the new one. After an exception the old one is there, and the half file is not.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -134,7 +134,7 @@ def read_shard(path):
         size = os.fstat(file.fileno()).st_size - HEADER.size
         if (magic, version) != (MAGIC, 1) or n < 1 or size != 2 * n:
             raise UserError(f"{path} is not a whole shard of 16-bit tokens (header {magic}, {version}, {n}; then {size}"
-                            " bytes); make it again with prepare_data.py --overwrite")
+                            " bytes); get it again, or make it again with prepare_data.py --overwrite")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[HEADER.size:].cast("H")
 
 
@@ -168,7 +168,7 @@ def split_of(name):
 
 
 def is_finished(folder):
-    """Whether all that a preparation writes into this folder is there."""
+    """Whether a preparation of this folder came to its end."""
     meta_path = Path(folder, "meta.json")
     return meta_path.exists() and meta_path.read_bytes() != UNFINISHED
 
@@ -194,8 +194,8 @@ def load_data(folder):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta_path} is damaged ({type(error).__name__}){hint}") from error
     shards = {path.name: read_shard(path) for path in sorted(folder.iterdir()) if split_of(path.name)}
-    for name in sorted({*shards, *sizes}) if meta else ():  # one that is missing has none
-        tokens, n = shards.get(name, ()), sizes.get(name, 0)
+    for name in sorted({*shards, *sizes}) if meta else ():
+        tokens, n = shards.get(name, ()), sizes.get(name, 0)  # one that is missing counts as empty
         if len(tokens) != n:
             raise UserError(f"{folder / name} has {len(tokens)} tokens, but {n} according to meta.json{hint}")
     train, val = ([tokens for name, tokens in shards.items() if split_of(name) == split] for split in ("train", "val"))
@@ -226,8 +226,8 @@ def get_tokenizer(name):
 def read_text(path, errors="strict"):
     """The pieces of a UTF-8 file. Lines that are SEPARATOR stand between documents; blank documents are left out.
 
-    A byte order mark is dropped, CRLF and CR become LF. Long documents are cut behind a word and before a space, where
-    no GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
+    A byte order mark is dropped, CRLF and CR become LF. Long documents are cut where a space follows a word, if any
+    does: no GPT-2 token goes across. With errors="strict", raises UserError for a file that is not UTF-8 text.
     """
     text, was_cut, begins_line = "", False, True  # was_cut: `text` continues a document
     with open(path, encoding="utf-8-sig", errors=errors) as file:
@@ -266,9 +266,11 @@ def write_tokens(encoding, file, pieces, limit, paths):
     with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=None) as bar:
         while not (limit and written > limit) and (batch := list(islice(pieces, 64))):
             for (text, is_end), tokens in zip(batch, encoding.encode_ordinary_batch([text for text, _ in batch])):
-                file.write(array("H", tokens + [encoding.eot_token] * is_end))
-                written += len(tokens) + is_end
-                ends.extend([written] * is_end)
+                if is_end:
+                    tokens.append(encoding.eot_token)
+                    ends.append(written + len(tokens))
+                file.write(array("H", tokens))
+                written += len(tokens)
                 bar.update(len(text.encode()))
     if written == begin:
         raise UserError("there is no document in the source; is it the right one?")
@@ -393,10 +395,10 @@ def own_files(paths):
     files = []
     for path in map(Path, paths):
         if not (path.is_dir() or path.is_file()):
-            raise UserError(f"{path} is not there; give files and folders, or one of {', '.join(SOURCES)}")
+            raise UserError(f"{path} is not there; give files and folders, or a single one of {', '.join(SOURCES)}")
         files += [path] if path.is_file() else sorted(
             file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file()
-            and not re.search(r"(^|/)(\.|__MACOSX/)", file.relative_to(path).as_posix()))
+            and not re.search(r"(^|/)\.", file.relative_to(path).as_posix()))
     if not files:
         raise UserError(f"{', '.join(paths)}: there is no .txt file; name the files themselves")
     return {sha256_of(path): path for path in files}
@@ -417,7 +419,7 @@ def training_tokens(ends, fraction, own):
 
 def write_source(source, files, options, downloads, encoding, file):
     """Write the tokens of a source. Returns the ends of its documents, how many tokens are for training, and meta."""
-    limit = options.max_tokens  # None: no limit
+    limit = options.max_tokens  # None: no limit, for a part of the source neither
     if source == "tinystories":
         train, val = (download(TINYSTORIES.format(split), downloads) for split in ("train", "valid"))
         of_val = limit and max(1, limit // 10)
@@ -434,7 +436,7 @@ def write_source(source, files, options, downloads, encoding, file):
         pieces = (piece for path in files for piece in read_text(path))
     ends = write_tokens(encoding, file, pieces, limit, files)
     n_train = training_tokens(ends, VAL_FRACTION.get(source, 0.1), own=source is None)
-    if not (documents and n_train in ends):  # the floor is one of whole documents
+    if not (documents and n_train in ends):  # no floor where a document was cut
         return ends, n_train, {}
     held_out = documents[ends.index(n_train) + 1:len(ends)]
     floor = -sum(log_prob for _, _, log_prob, _ in held_out) / (ends[-1] - n_train)  # nats per token, eot counted
@@ -473,18 +475,18 @@ def prepare(options):
     with alone_in(out):
         meta_path = out / "meta.json"
         old = [path for path in out.iterdir() if split_of(path.name.removesuffix(".tmp"))]
-        unfinished = meta_path.exists() and not is_finished(out)
-        if (old or meta_path.exists()) and not unfinished and not options.overwrite:
+        if old and not meta_path.exists():
+            raise UserError(f"{out} holds shards that are not from prepare_data.py; choose another --out")
+        if is_finished(out) and not options.overwrite:
             if load_data(out).meta.get("options") != asked:
-                overwrite = "add --overwrite, or " if meta_path.exists() else ""  # not offered for foreign shards
-                raise UserError(f"{out} holds other data; {overwrite}choose another --out")
+                raise UserError(f"{out} holds other data; add --overwrite, or choose another --out")
             print(f"{out} holds this already; --overwrite makes it again")
             return
         if source in GIGABYTES and not options.max_tokens:
             need, free = GIGABYTES[source] * (options.subsets or 21) / 21, shutil.disk_usage(out).free / 1e9
             line = f"{out} will take about {need:.0f} GB, downloads included, and {free:.0f} GB are free"
             if free < need and not (out / "downloads").exists():
-                raise UserError(f"{line}; make room, choose another --out, or take less with --max-tokens")
+                raise UserError(f"{line}; make room, choose another --out, or take fewer --subsets of openwebtext")
             print(line)
         with tempfile.TemporaryFile(dir=out) as file:  # it has no name, so nothing stays behind after a kill
             ends, n_train, more = write_source(source, files.values(), options, out / "downloads", encoding, file)

@@ -119,7 +119,7 @@ def test_a_folder_is_its_text_files_without_the_hidden_ones_each_text_once():
     """A hidden copy, a link, or a file named beside its folder would put validation text into the training text."""
     for name in (".n/b.txt", ".n/a.txt", ".n/c/D.TXT"):  # a folder that is named by the user may be hidden itself
         write(name, name)
-    for name in (".n/x.png", ".n/._a.txt", ".n/__MACOSX/a.txt", ".n/c/.git/e.txt", ".n/folder.txt/x"):
+    for name in (".n/x.png", ".n/._a.txt", ".n/__MACOSX/._a.txt", ".n/c/.git/e.txt", ".n/folder.txt/x"):
         write(name, b"\xff hidden")
     os.symlink(".n/a.txt", "link.txt")
     write("copy.txt", ".n/b.txt")
@@ -182,8 +182,6 @@ def test_foreign_shards_are_gpt2_tokens_and_their_names_say_the_split():
     data = load_data("f")
     assert (data.tokenizer, data.vocab_size, data.eot, data.meta) == ("gpt2", 50257, 50256, {})
     assert (tokens("f", "train"), tokens("f", "val")) == ([1, 2], [50256])
-    with pytest.raises(UserError, match="other data"):  # and somebody's shards are not overwritten unasked
-        prepare("text", out="f")
 
 
 def test_the_fingerprint_names_the_data():
@@ -199,7 +197,7 @@ def test_the_fingerprint_names_the_data():
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("tinystorys", None, "or one of demo, tinystories"),
+    ("tinystorys", None, "or a single one of demo, tinystories"),
     ("s.txt", f" \n\n{SEPARATOR}\n{SEPARATOR}\n", "no document"),
     ("l.txt", "\ufeff".encode() + "ä".encode() * 10_000 + b"\xferest", "0xfe at offset 20003"),
     ("z.txt", b"a\0b", "zero"),
@@ -240,8 +238,10 @@ def test_missing_data_is_refused_with_the_command_that_makes_it():
         with pytest.raises(UserError, match=f"^{folder} {words}$"):
             load_data(folder)
     write("f/val.bin", shard([1]))
-    with pytest.raises(UserError, match="^f holds other data; choose another --out$"):
-        main([write("a.txt", "x"), "--out", "f", "--tokenizer", "bytes"])
+    for overwrite in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="^f holds shards that are not from prepare_data.py; choose another --out$"):
+            main([write("a.txt", "x"), "--out", "f", "--tokenizer", "bytes", *overwrite])
+    assert len(load_data("f").train[0]) == 1, "they are still there"
 
 
 def test_own_text_does_not_pass_for_a_source():
