@@ -109,7 +109,7 @@ PAPER = 3.7  # 167,000 steps with a learning rate from 4e-4 to 4e-5 and a decay 
 MAIN = ("plain", "erc-1", "erc-0.5")
 seeds = lambda number, names: dict.fromkeys(names.split(), number)
 SUITES = {
-    "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds(25, "plain erc-1 erc-0.5") | seeds(8, "dense random")
+    "n16": Suite(N16, at_timescale(PAPER, DEMO), seeds(25, "plain erc-1 erc-0.5 dense random")
                  | seeds(5, "aoe erc-0.4 erc-0.6 erc-0.8") | seeds(3, "erc-0 erc-2 erc-3 plain-z erc-1-z erc-0.5-z"
                  " probe-up probe-silu probe-swiglu probe-output no-noise closed-form orthogonal")),
     "n64": Suite(N64, at_timescale(PAPER, DEMO), seeds(8, "plain erc-1 erc-0.5 dense random")),

@@ -130,6 +130,15 @@ def test_the_console_output_is_that_of_a_real_run(block):
         position = found[0] + (line.strip() != "...")
 
 
+def test_the_three_runs_of_the_demo_are_those_of_their_consoles():
+    """Both cross-entropies of each command: with the loss, with a smaller alpha, without it."""
+    rows = re.findall(r"^\| `python train.py.*?` \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+    for numbers, name in zip(rows, ("console", "console-half", "console-plain"), strict=True):
+        console = (report.RESULTS / f"{name}.txt").read_text(encoding="utf-8")
+        found = re.findall(r"^(?:val_ce| {6}) (0\.\d{4}) .*(?:nats|response)", console, re.MULTILINE)
+        assert [*numbers] == found, f"{name}: {found}, README {numbers}"
+
+
 @pytest.mark.parametrize("path", report.TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_tables_are_those_of_the_result_files(path):
     """Every marked table, here and beside the results, is what the result files give: each number of it."""
