@@ -274,8 +274,8 @@ def intervals_table(results):
 SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
     "short": rows({
-        "plain": cell(COST), **{name: across([variant], COST) for name, variant in HALVES.items()},
-        f"alpha 0.5, delta to plain {CI}": across(["erc-0.5"], COST, delta, True),
+        "plain": cell(COST), **{title: one for name, variant in HALVES.items() for title, one in (
+            (name, across([variant], COST)), (f"{name}, delta {CI}", across([variant], COST, delta, True)))},
     }, SIZED),
     "premise": rows({
         **{title: all_and_hard(title) for title in PREMISE}, "agreement": cell("agreement"),
