@@ -363,18 +363,8 @@ def again(suite, variant, seed):
 # ---- Command line ----
 
 
-def stage(job):
-    """What is to be there first, as these runs take hours: a small whole, what routing is for, power, the rest."""
-    _, variant, seed = job
-    if variant not in (*MAIN, "dense", "random", "aoe"):
-        return 3
-    if seed < 3:
-        return 0 if variant in MAIN else 1
-    return 2 if seed < 8 else 4
-
-
 def jobs(names):
-    """[(suite, variant, seed), ...] for names such as n16/plain, by stage; then first seeds first."""
+    """[(suite, variant, seed), ...] for names such as n16/plain; of all of them first the first seeds."""
     chosen = []
     for name in names:
         suite, _, variant = name.partition("/")
@@ -382,7 +372,7 @@ def jobs(names):
             known = " ".join(f"{s}/{v}" for s in SUITES for v in SUITES[s].variants)
             raise UserError(f"there is no variant {name!r}; known are: {known}")
         chosen += [(suite, variant, seed) for seed in range(SUITES[suite].variants[variant])]
-    return sorted(chosen, key=lambda job: (stage(job), job[2]))
+    return sorted(chosen, key=lambda job: job[2])
 
 
 def main(argv=None):
