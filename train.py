@@ -594,7 +594,8 @@ def report(run, result, argv):
     print(f"more samples:      python train.py --out {out} --sample \"...\"\n"
           f"train longer:      {program} --out {out} --resume --steps {2 * run.config.steps}")
     if run.config.erc_weight > 0 and "--resume" not in argv:
-        plain = shlex.join([*argv, "--erc-weight", "0", "--out", f"{run.config.out}-plain"])
+        again = [flag for flag in argv if flag != "--overwrite"]  # which would be that of an earlier plain run
+        plain = shlex.join([*again, "--erc-weight", "0", "--out", f"{run.config.out}-plain"])
         print(f"without the loss:  {program} {plain}")
 
 
