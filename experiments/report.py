@@ -230,7 +230,7 @@ def scan_table(results):
     return rows({
         **{title: across(("plain", "erc-0.5"), title) for title in (
             "val_ce", "judged", "agreement", "smallest alpha", *list(PREMISE)[:3])},
-        f"{COST}, plain {CI}": across(["plain"], COST, delta),
+        **{f"{title}, plain {CI}": across(["plain"], title, delta) for title in ("response less random", COST)},
         f"with alpha 0.5, delta {CI}": across(["erc-0.5"], COST, delta, True),
     }, {timescale: (suite, "plain") for suite, timescale in SCAN.items()})(of_shared_seeds(results))
 

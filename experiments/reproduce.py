@@ -116,7 +116,7 @@ SUITES = {
     "text": Suite(TEXT, at_timescale(PAPER, dict(DEMO, data="data/stdlib", steps=1200, lr=2e-3)),
                   seeds(6, "plain erc-1 erc-0.5 dense random")),
     "n16-slow": Suite(N16, dict(DEMO, moe_weight_decay=0.1), seeds(5, "plain erc-1 erc-0.5")),
-    **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds(3, "plain erc-0.5"))
+    **{f"n16-{timescale}": Suite(N16, at_timescale(timescale, DEMO), seeds(5, "plain erc-0.5"))
        for timescale in (0.9, 1.8, 9, 18)},
 }
 
