@@ -274,8 +274,9 @@ def intervals_table(results):
 SIZED = {title: (suite, "plain") for suite, title in SIZES.items()}
 TABLES = {
     "short": rows({
-        "plain": cell(COST), **{title: one for name, variant in HALVES.items() for title, one in (
-            (name, across([variant], COST)), (f"{name}, delta {CI}", across([variant], COST, delta, True)))},
+        "plain": cell(COST),
+        "alpha 1": across(["erc-1"], COST), f"alpha 1, delta {CI}": across(["erc-1"], COST, delta, True),
+        "alpha 0.5": across(["erc-0.5"], COST), f"alpha 0.5, delta {CI}": across(["erc-0.5"], COST, delta, True),
     }, SIZED),
     "premise": rows({
         **{title: all_and_hard(title) for title in PREMISE}, "agreement": cell("agreement"),
@@ -332,19 +333,17 @@ def band(ax, points, look, opacity=0.18, **style):
 
 def premise_figure(fig, results):
     """What it costs to choose by response, or at random, instead of by router, by timescale."""
-    results = of_shared_seeds(results)
-    for ax, which, title in zip(fig.subplots(1, 2), ("all", "hard"), (
-            "all validation tokens", "quarter of highest cross-entropy")):
-        for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
-                                   ("random", "random expert", dict(linewidth=0.8, opacity=0))):
-            for variant, look in (("plain", (LINES[0][0], "-")), ("erc-0.5", (LINES[2][0], "--"))):
-                points = {SCAN[suite]: results.values(suite, variant, premise(name, "router", which)) for suite in SCAN
-                          if results.seeds(suite, variant)}
-                band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
-        ax.set(title=f"16 experts, {title}", xlabel="timescale: sum of lr x decay (the paper's: 3.7)", xscale="log",
-               ylabel="nats above the router's choice", ylim=0, xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
-        ax.minorticks_off()
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    results, ax = of_shared_seeds(results), fig.subplots()
+    for name, label, style in (("response", "strongest response", dict(marker="o", markersize=4)),
+                               ("random", "random expert", dict(linewidth=0.8, opacity=0))):
+        for variant, look in (("plain", (LINES[0][0], "-")), ("erc-0.5", (LINES[2][0], "--"))):
+            points = {SCAN[suite]: results.values(suite, variant, premise(name, "router")) for suite in SCAN
+                      if results.seeds(suite, variant)}
+            band(ax, points, look, label=f"{label}, {NAMES[variant]}", **style)
+    ax.set(title="16 experts, grammar", xlabel="timescale: sum of lr x decay (the paper's: 3.7)", xscale="log",
+           ylabel="nats above the router's choice", ylim=0, xticks=[*SCAN.values()], xticklabels=[*SCAN.values()])
+    ax.minorticks_off()
+    ax.legend()
     return bool(results)
 
 
@@ -418,7 +417,7 @@ def steps(fig, _):
         ax.grid(False)
 
 
-FIGURES = dict(premise=(premise_figure, (8, 3.6)), violations=(violations, (8, 2.7)), coupling=(coupling, (8, 4.2)),
+FIGURES = dict(premise=(premise_figure, (8, 3.2)), violations=(violations, (8, 2.7)), coupling=(coupling, (8, 4.2)),
                steps=(steps, (8, 2.6)))
 
 

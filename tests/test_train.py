@@ -182,8 +182,9 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(data, mac
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1",
                                                                  GLOO_SOCKET_IFNAME="lo")) for i in range(machines)]
     printed, errors = map("".join, zip(*(agent.communicate(timeout=240) for agent in agents)))
-    # The agent of torchrun that ends last may print a traceback, of the store that went with the other, and returns 0.
+    # Of two agents the last to end may print a traceback, about the store that went with the other, and returns 0.
     assert not any(agent.returncode for agent in agents), errors[-2000:]
+    assert machines == 2 or "Traceback" not in errors, errors[-2000:]
     assert printed.count("val_ce") == 2, f"one process prints, not each:\n{printed}"  # last step, and report
     trained(data, accumulate=4, out="one")
     difference = gap(checkpoint("one")["model"], checkpoint("two")["model"])
