@@ -227,14 +227,17 @@ def test_a_signal_of_another_process_stops_this_one_too(data, monkeypatch):
 
 def test_a_closed_terminal_saves_and_leaves_and_nohup_does_not(data):
     """A run on a terminal of its own, which is then closed: exit code 129, saved. With nohup it trains to its end."""
+    def begin():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     for nohup in (False, True):
         shutil.rmtree("out", ignore_errors=True)
         master, terminal = os.openpty()
         command = [*["nohup"] * nohup, sys.executable, str(ROOT / "train.py"),
                    *argv(data, save_every=0, eval_every=0, steps=400)]
         process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-                                   env=dict(os.environ, OMP_NUM_THREADS="1"),
-                                   preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                                   env=dict(os.environ, OMP_NUM_THREADS="1"), preexec_fn=begin)
         os.close(terminal)
         while not (Path("out/log.csv").exists() and len(log()) > 2):
             assert process.poll() is None, os.read(master, 9999).decode()
